@@ -1,0 +1,119 @@
+"""What the public functions accept: checked, with errors that name the argument, and flattened to rows.
+
+A row is a token. The operators take logits as (outer, inner, V), whose outer * inner rows have any two strides, so that
+logits[:, :-1] of a (batch, time, V) tensor is not copied; everything else per row is one-dimensional.
+"""
+
+import torch
+from torch import Tensor
+
+from em_kernels.ops import backends
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_logits(logits: Tensor) -> None:
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"logits is a {type(logits).__name__}, expected a torch.Tensor")
+    if logits.dtype not in _DTYPES:
+        raise TypeError(f"logits has dtype {logits.dtype}, expected one of {', '.join(map(str, _DTYPES))}")
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"logits has shape {tuple(logits.shape)}, expected (..., V) with V at least 1")
+
+
+def choose_backend(backend: str | None, logits: Tensor) -> str:
+    if backend is None:
+        on_gpu = logits.device.type == "cuda"
+        return (
+            "triton" if on_gpu and not backends.unavailable_reason("triton", logits.device, logits.dtype) else "torch"
+        )
+    reason = backends.unavailable_reason(backend, logits.device, logits.dtype)
+    if reason is not None:
+        raise ValueError(f"backend={backend!r} cannot run here: {reason}")
+    return backend
+
+
+def flatten_logits(logits: Tensor) -> Tensor:
+    """(..., V) to (outer, inner, V) with contiguous columns; a view unless the rows need more than two strides."""
+    if logits.stride(-1) != 1 and logits.shape[-1] != 1:
+        logits = logits.contiguous()
+    vocab = logits.shape[-1]
+    if logits.dim() == 3 and logits.stride(0) != logits.shape[1] * logits.stride(1):
+        return logits
+    return logits.reshape(1, -1, vocab)
+
+
+def flatten_mask(mask: Tensor, logits: Tensor) -> Tensor:
+    """(...) to (rows,): bool for a bool or integer mask, the row weights in the statistics' dtype for a float one."""
+    _check_per_token("mask", mask, logits)
+    if mask.is_complex():
+        raise TypeError(f"mask has dtype {mask.dtype}, expected bool, an integer or a float dtype")
+    mask = mask.detach().reshape(-1)
+    if not mask.is_floating_point():
+        return mask if mask.dtype == torch.bool else mask != 0
+    if _values_visible(mask) and bool((mask < 0).any()):
+        raise ValueError(f"mask has a negative weight ({mask.min().item():g}), expected weights of at least 0")
+    return mask.to(statistics_dtype(logits.dtype))
+
+
+def flatten_target(target: Tensor, logits: Tensor, mask: Tensor | None) -> Tensor:
+    _check_per_token("target", target, logits)
+    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+        raise TypeError(f"target has dtype {target.dtype}, expected an integer dtype")
+    target = target.reshape(-1).to(torch.int64)
+    if _values_visible(target):
+        out_of_range = (target < 0) | (target >= logits.shape[-1])
+        if mask is not None:
+            out_of_range &= mask
+        if bool(out_of_range.any()):
+            raise ValueError(
+                f"target has {target[out_of_range][0].item()} where it is not masked, "
+                f"expected values in [0, {logits.shape[-1]})"
+            )
+    return target
+
+
+def flatten_temperature(temperature: float | Tensor, logits: Tensor) -> tuple[Tensor | None, float]:
+    """A temperature per row, or None and the one temperature of all rows."""
+    dtype = statistics_dtype(logits.dtype)
+    if isinstance(temperature, Tensor):
+        shape = logits.shape[:-1]
+        try:
+            expanded = temperature.detach().expand(shape)
+        except RuntimeError:
+            raise ValueError(
+                f"temperature has shape {tuple(temperature.shape)}, "
+                f"expected one that broadcasts to logits.shape[:-1] = {tuple(shape)}"
+            ) from None
+        if _values_visible(temperature) and not bool((temperature > 0).all()):
+            raise ValueError(f"temperature has {temperature.min().item():g}, expected values above 0")
+        return expanded.to(logits.device, dtype, non_blocking=True).reshape(-1).contiguous(), 1.0
+    if isinstance(temperature, bool) or not isinstance(temperature, int | float):
+        raise TypeError(f"temperature is a {type(temperature).__name__}, expected a float or a torch.Tensor")
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature is {temperature}, expected a finite value above 0")
+    if torch.compiler.is_compiling():
+        # As an operator's float argument it would be burnt into the graph; a factor of a tensor may change.
+        scalar = torch.ones((), dtype=dtype, device=logits.device) * temperature
+        return scalar.expand(logits.shape[:-1]).reshape(-1), 1.0
+    return None, temperature
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _check_per_token(name: str, value: Tensor, logits: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}, expected a torch.Tensor")
+    if value.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)}, expected logits.shape[:-1] = {tuple(logits.shape[:-1])}"
+        )
+    if value.device != logits.device:
+        raise ValueError(f"{name} is on {value.device}, expected the device of logits, {logits.device}")
+
+
+def _values_visible(tensor: Tensor) -> bool:
+    """Whether the values can be looked at without a device synchronisation or a graph break."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and type(tensor) is Tensor

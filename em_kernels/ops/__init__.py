@@ -1,0 +1,1 @@
+"""The operators: one file per implementation, and the registration that dispatches to them."""

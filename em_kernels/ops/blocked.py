@@ -1,0 +1,222 @@
+"""The operators in PyTorch, on any device: blocks of rows small enough to stay in cache, worked on in place.
+
+With d_j = (z_j - max z) / tau the sums s = sum e^d, a = sum d e^d, b = sum d^2 e^d give, per row,
+
+    E = a / s      H = log s - E      lse = max z / tau + log s      V = b / s - E^2      log p_t = d_t - log s
+
+and with u = d - E the gradient of any mix of them is (1/tau) [ e^d / s (A + B u + C u^2) + alpha [j = t] ]. Neither
+log s nor lse appears in it, which is what keeps the gradient of an all but one-hot row accurate.
+
+float32 rows on the CPU go through the compiled kernels of `native_cpu` where those were built: they read a row from
+memory once where this reads it from cache four times. Sums are float32 (float64 for float64 logits), exponents are
+clamped rather than selected (see `_centred`), and masked rows are left out of the blocks.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from em_kernels.ops import native_cpu
+from em_kernels.ops.operators import new_statistics
+
+# A block and its scratch stay within a core's second-level cache (1 to 2 MB on current server CPUs); on a GPU there is
+# no such reason, only launch overhead to spread and memory to bound.
+_BLOCK_ELEMENTS = {"cpu": 1 << 17}
+_BLOCK_ELEMENTS_ELSEWHERE = 1 << 24
+# e^-800 is 0 in float64 and float32, and (-800) e^-800 is 0 where (-inf) * 0 is NaN.
+_LOWEST_EXPONENT = -800.0
+
+RowIndex = slice | Tensor
+
+
+def row_statistics(
+    logits: Tensor,
+    mask: Tensor | None,
+    row_temperature: Tensor | None,
+    temperature: float,
+    target: Tensor | None,
+    varentropy: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    m, s, a, b = new_statistics(logits, 4, _rows(logits)).zero_()
+    inv_tau = _inverse(m, row_temperature, temperature)
+    if _runs_compiled(logits):
+        m, s, a, b = native_cpu.row_sums(logits, mask, inv_tau, second_moment=varentropy)
+    else:
+        for index, z in _blocks(logits, mask):
+            m[index], d, e = _exponentials(z, inv_tau[index])
+            s[index] = e.sum(dim=-1)
+            a[index] = e.mul_(d).sum(dim=-1)
+            if varentropy:
+                b[index] = e.mul_(d).sum(dim=-1)
+
+    mean, log_s = a / s, s.log()
+    entropy, lse = log_s - mean, m * inv_tau + log_s
+    variance = (b / s - mean.square()).clamp_(min=0) if varentropy else new_statistics(logits, 0)
+    logprob = new_statistics(logits, 0)
+    if target is not None:
+        logprob = (_target_logits(logits, target) - m) * inv_tau - log_s
+    saved = torch.stack((m, mean, s, inv_tau))
+    if mask is not None:
+        for statistic in (entropy, lse, variance, logprob, saved):
+            if statistic.numel() > 0:
+                statistic.masked_fill_(~mask, 0)
+    return entropy, lse, logprob, variance, saved
+
+
+def row_gradient(
+    logits: Tensor,
+    saved: Tensor,
+    varentropy: Tensor,
+    target: Tensor | None,
+    grad_entropy: Tensor | None,
+    grad_lse: Tensor | None,
+    grad_logprob: Tensor | None,
+    grad_varentropy: Tensor | None,
+    out: Tensor,
+) -> Tensor:
+    """Writes the gradient into `out`, which may be the logits themselves, and returns it."""
+    m, mean, s, inv_tau = saved
+    masked = inv_tau == 0
+    constant = linear = quadratic = torch.zeros_like(m)
+    if grad_entropy is not None:
+        linear = linear - grad_entropy
+    if grad_lse is not None:
+        constant = constant + grad_lse
+    if grad_logprob is not None:
+        constant = constant - grad_logprob
+    if grad_varentropy is not None:
+        constant = constant - grad_varentropy * varentropy
+        linear = linear + 2 * grad_varentropy
+        quadratic = grad_varentropy
+    per_exponential = inv_tau / s
+    constant, linear, quadratic = ((x * per_exponential).masked_fill_(masked, 0) for x in (constant, linear, quadratic))
+    target = None if grad_logprob is None else target
+    alpha = None if grad_logprob is None else (grad_logprob * inv_tau).masked_fill_(masked, 0)
+
+    if _runs_compiled(logits):
+        # The compiled kernel's polynomial is in d = u + E.
+        constant, linear = constant + mean * (mean * quadratic - linear), linear - 2 * mean * quadratic
+        native_cpu.row_gradient(
+            logits,
+            m,
+            inv_tau,
+            constant,
+            linear,
+            None if grad_varentropy is None else quadratic,
+            target=target,
+            alpha=alpha,
+            out=out,
+        )
+        return out
+    for index, z in _blocks(logits, ~masked, out):
+        _, u, e = _exponentials(z, inv_tau[index], m[index])
+        u -= mean[index].unsqueeze(-1)
+        polynomial = u * quadratic[index].unsqueeze(-1)
+        polynomial += linear[index].unsqueeze(-1)
+        polynomial *= u
+        polynomial += constant[index].unsqueeze(-1)
+        e *= polynomial
+        if target is not None and alpha is not None:
+            e.scatter_add_(-1, target[index].unsqueeze(-1), alpha[index].unsqueeze(-1))
+        _write_block(out, index, e)
+    return out
+
+
+def entropy_with_gradient(
+    logits: Tensor,
+    weight: Tensor | None,
+    divisor: Tensor | None,
+    count: int,
+    row_temperature: Tensor | None,
+    temperature: float,
+    out: Tensor,
+) -> Tensor:
+    """Writes the gradient into `out`, which may be the logits themselves, and returns the loss."""
+    entropy = new_statistics(logits, _rows(logits)).zero_()
+    inv_tau = _inverse(entropy, row_temperature, temperature)
+    row_scale = torch.full_like(entropy, 1.0 / count)
+    if weight is not None:
+        row_scale *= weight
+    if divisor is not None:
+        row_scale /= torch.where(divisor == 0, 1, divisor)
+    if _runs_compiled(logits):
+        entropy, _ = native_cpu.entropy_with_gradient(logits, row_scale, inv_tau, out=out)
+        return (entropy * row_scale).sum()
+
+    for index, z in _blocks(logits, row_scale != 0 if weight is not None else None, out):
+        _, d, e = _exponentials(z, inv_tau[index])
+        s = e.sum(dim=-1)
+        mean = (d * e).sum(dim=-1) / s
+        entropy[index] = s.log() - mean
+        e *= d.sub_(mean.unsqueeze(-1))
+        e *= (-row_scale[index] * inv_tau[index] / s).unsqueeze(-1)
+        _write_block(out, index, e)
+    return (entropy * row_scale).sum()
+
+
+def scale_(gradient: Tensor, factor: Tensor) -> Tensor:
+    # Off the CPU the factor's value cannot be looked at without a synchronisation.
+    if factor.device.type != "cpu" or factor.item() != 1:
+        gradient.mul_(factor)
+    return gradient
+
+
+def _rows(logits: Tensor) -> int:
+    return logits.shape[0] * logits.shape[1]
+
+
+def _runs_compiled(logits: Tensor) -> bool:
+    return logits.device.type == "cpu" and logits.dtype == torch.float32 and native_cpu.unavailable_reason() is None
+
+
+def _inverse(like: Tensor, row_temperature: Tensor | None, temperature: float) -> Tensor:
+    return torch.full_like(like, 1.0 / temperature) if row_temperature is None else row_temperature.reciprocal()
+
+
+def _exponentials(z: Tensor, inv_tau: Tensor, m: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The row maxima, d and e^d, d and e^d in memory of their own."""
+    z = z.to(inv_tau.dtype)
+    if m is None:
+        m = z.amax(dim=-1)
+    d = z - m.unsqueeze(-1)
+    d.mul_(inv_tau.unsqueeze(-1)).clamp_(min=_LOWEST_EXPONENT)
+    return m, d, d.exp()
+
+
+def _blocks(logits: Tensor, mask: Tensor | None, out: Tensor | None = None) -> Iterator[tuple[RowIndex, Tensor]]:
+    """Blocks of rows with their numbers; the rows left out as masked are zeroed in `out`."""
+    outer, inner, vocab = logits.shape
+    on_cpu = logits.device.type == "cpu"
+    elements = _BLOCK_ELEMENTS.get(logits.device.type, _BLOCK_ELEMENTS_ELSEWHERE)
+    rows = max(1, elements // vocab)
+    if mask is not None and on_cpu:
+        if out is not None:
+            out[(~mask).view(outer, inner)] = 0
+        for index in mask.nonzero().squeeze(-1).split(rows):
+            yield index, logits[index // inner, index % inner]
+        return
+    for i in range(outer):
+        for start in range(0, inner, rows):
+            stop = min(start + rows, inner)
+            index, z = slice(i * inner + start, i * inner + stop), logits[i, start:stop]
+            # Which rows to leave out is not known on the host: read them as zeros instead.
+            yield index, z if mask is None else z.masked_fill(~mask[index].unsqueeze(-1), 0)
+
+
+def _write_block(out: Tensor, index: RowIndex, block: Tensor) -> None:
+    inner = out.shape[1]
+    if isinstance(index, slice):
+        i, start = divmod(index.start, inner)
+        out[i, start : start + block.shape[0]] = block
+    else:
+        out[index // inner, index % inner] = block.to(out.dtype)
+
+
+def _target_logits(logits: Tensor, target: Tensor) -> Tensor:
+    """The target's logit of each row, NaN where the target is out of range."""
+    outer, inner, vocab = logits.shape
+    valid = (target >= 0) & (target < vocab)
+    index = torch.where(valid, target, 0).view(outer, inner, 1)
+    z = logits.gather(-1, index).reshape(-1)
+    return torch.where(valid, z.to(new_statistics(logits).dtype), torch.nan)
