@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test lint bench clean
 
 demo: $(VENV)/ready  ## one-shot entropy minimisation of a real 135M model, about 5 minutes on two cores
-	$(BIN)/em-kernels train --preset demo --output runs/demo
+	$(BIN)/em-kernels train --preset demo
 
 test: $(VENV)/ready  ## the whole test suite; GPU tests run where there is a GPU
 	$(BIN)/python -m pytest -n 2 --cov --cov-report=term-missing:skip-covered

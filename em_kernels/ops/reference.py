@@ -25,18 +25,17 @@ def row_statistics(logits: Tensor, target: Tensor | None = None, *, temperature:
     z = logits.double()
     if isinstance(temperature, Tensor):
         temperature = temperature.double().unsqueeze(-1)
-    y = z / temperature
-    lse = y.logsumexp(dim=-1)
-    logp = y - lse.unsqueeze(-1)
+    # Moving a row by a constant changes only lse; without it, lse - y would cancel. NaN for a row of all -inf or with +inf.
+    largest = z.detach().amax(dim=-1, keepdim=True)
+    y = (z - largest) / temperature
+    logp = y - y.logsumexp(dim=-1, keepdim=True)
     p = logp.exp()
+    logprob = None if target is None else logp.gather(-1, target.long().unsqueeze(-1)).squeeze(-1)
+    lse = (y.logsumexp(dim=-1, keepdim=True) + largest / temperature).squeeze(-1)
     # The where precedes the product: autograd would otherwise meet 0 * inf behind a where that comes after it.
     logp = torch.where(y == -torch.inf, 0.0, logp)
     entropy = -(p * logp).sum(dim=-1)
     varentropy = (p * (logp + entropy.unsqueeze(-1)) ** 2).sum(dim=-1)
-    logprob = None if target is None else (y.gather(-1, target.long().unsqueeze(-1)).squeeze(-1) - lse)
-    # A row of all -inf is not a distribution, nor is one with +inf: NaN, where 0 * log 0 above would have hidden it.
-    undefined = y.amax(dim=-1).abs() == torch.inf
-    entropy, lse, varentropy = (x.masked_fill(undefined, torch.nan) for x in (entropy, lse, varentropy))
     return RowStatistics(entropy, lse, logprob, varentropy)
 
 

@@ -131,7 +131,8 @@ def finish_kernel(
     inv_tau = inverse_temperature(row_temperature, inv_temperature, row)
     m, s, a, b = load_partials(partials, row, rows, splits, inv_tau * LOG2_E, MAX_SPLITS)
     mean = a / s
-    log_s = tl.log2(s) * LOG_2
+    # A row of all -inf is empty, and its lse would be -inf, which is not NaN.
+    log_s = tl.where(s == 0.0, float("nan"), tl.log2(s) * LOG_2)
     tl.store(entropy + row, entropy_of(s, a))
     tl.store(lse + row, m * inv_tau + log_s)
     if target is not None:

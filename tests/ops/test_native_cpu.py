@@ -38,8 +38,8 @@ def threads():
 
 
 class Exact(NamedTuple):
-    """The sums of each row in float64, centred on the maximum as a float64 log-softmax is not: the gradient of a one-hot
-    row lies far below the rounding error of 1."""
+    """The sums of each row in float64, centred on the maximum as a float64 log-softmax is not: the gradient of a
+    one-hot row lies far below the rounding error of 1."""
 
     d: Tensor
     s: Tensor

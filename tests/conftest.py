@@ -1,0 +1,64 @@
+"""What all tests share: the implementations under test, and the processors they are tested on."""
+
+import os
+
+import torch
+
+# Kernels are interpreted where there is no GPU; Triton reads this when it defines them.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
+
+from em_kernels.ops import backends, native_cpu
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Two workers with two threads each on two cores spend their time waiting for each other.
+    torch.set_num_threads(1)
+
+IMPLEMENTATIONS = ("pytorch", "compiled", "triton")
+
+
+class Implementation:
+    """How to ask for one implementation: the backend's name, and the device its tensors live on."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.backend = "triton" if name == "triton" else "torch"
+        self.device = "cuda" if name == "triton" and torch.cuda.is_available() else "cpu"
+
+    @property
+    def interpreted(self) -> bool:
+        return self.name == "triton" and self.device == "cpu"
+
+    def skip_dtype(self, dtype: torch.dtype) -> None:
+        if self.name == "compiled" and dtype != torch.float32:
+            pytest.skip("the compiled CPU kernels are float32; PyTorch serves the other dtypes")
+        if self.name == "triton" and dtype == torch.float64:
+            pytest.skip("the Triton kernels compute in float32")
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def implementation(request, monkeypatch):
+    this = Implementation(request.param)
+    if this.name == "compiled" and native_cpu.unavailable_reason():
+        pytest.skip(native_cpu.unavailable_reason())
+    if this.name == "pytorch":
+        monkeypatch.setattr(native_cpu, "unavailable_reason", lambda: "switched off by the test")
+    if this.name == "triton":
+        reason = backends.unavailable_reason("triton", torch.device(this.device))
+        if reason:
+            pytest.skip(reason)
+    return this
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))

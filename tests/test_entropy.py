@@ -1,0 +1,359 @@
+"""entropy_loss keeps its contract, in every implementation, against the float64 reference."""
+
+import math
+
+import pytest
+import torch
+from oracles import assert_entropy, assert_gradient, reference_loss
+
+from em_kernels import EntropyLoss, entropy_loss
+from em_kernels.ops import triton_entropy
+
+INF, NAN = float("inf"), float("nan")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+# One, two, less than a vector, a little, a prime above a compiled block of 4096, and more than one Triton tile.
+VOCABS = [1, 2, 7, 100, 4099, 9000]
+
+
+def names(value):
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else None
+
+
+def make_logits(implementation, *shape, dtype=torch.float32, scale=3.0, offset=0.0):
+    return (torch.randn(shape) * scale + offset).to(dtype).to(implementation.device)
+
+
+def check(implementation, logits, mask=None, upstream=1.0, inplace_backward=False, share=2e-6, **options):
+    """Loss and gradient against the reference; returns both."""
+    expected, expected_gradient = reference_loss(logits, mask, upstream, **options)
+    before = logits.detach().clone()
+    logits = logits.detach().requires_grad_()
+    loss = entropy_loss(logits, mask, backend=implementation.backend, inplace_backward=inplace_backward, **options)
+    assert loss.dtype == (torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    (loss * upstream).sum().backward()
+    if not inplace_backward:
+        assert torch.equal(logits.detach().nan_to_num(0.1), before.nan_to_num(0.1)), "the logits were changed"
+    assert_entropy(loss, expected)
+    # Triton's interpreter cuts float32 off to bfloat16 where a GPU rounds, and an upstream gradient makes it cut twice.
+    truncated_twice = implementation.interpreted and logits.dtype == torch.bfloat16
+    assert_gradient(logits.grad, expected_gradient, logits.dtype, share=share, ulps=2 if truncated_twice else 1)
+    return loss.detach(), logits.grad
+
+
+@pytest.fixture(params=["program a row", "split rows"])
+def rows_split(request, monkeypatch):
+    """Whether the Triton launcher splits rows over programs, as it does for a few long ones."""
+    if request.param == "split rows":
+        monkeypatch.setattr(triton_entropy, "_SHORT_ROW_BYTES", 0)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("vocab", VOCABS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=names)
+def test_loss_and_gradient(implementation, rows_split, dtype, vocab, reduction):
+    implementation.skip_dtype(dtype)
+    logits = make_logits(implementation, 2, 3, vocab, dtype=dtype)
+    upstream = torch.randn(2, 3).to(implementation.device) if reduction == "none" else 1.0
+    check(implementation, logits, reduction=reduction, temperature=0.7, upstream=upstream)
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.5, 1, 3.0, 100.0, "0-d", "per token", "broadcast"])
+def test_temperatures(implementation, temperature):
+    if isinstance(temperature, str):
+        shape = {"0-d": (), "per token": (3, 4), "broadcast": (3, 1)}[temperature]
+        temperature = (torch.rand(shape) * 3 + 0.1).to(implementation.device)
+    # The rounding of z - max z alone is 6e-8 |d| of an exponential: at 0.01 the second largest logit lies at d = -30.
+    share = 4e-6 if isinstance(temperature, float) and temperature < 0.1 else 2e-6
+    for reduction in ("mean", "none"):
+        logits = make_logits(implementation, 3, 4, 300)
+        check(implementation, logits, share=share, temperature=temperature, reduction=reduction)
+
+
+@pytest.mark.parametrize("offset", [-1e4, 1e4])
+def test_a_constant_added_to_a_row_changes_nothing_but_rounding(implementation, offset):
+    check(implementation, make_logits(implementation, 4, 500, offset=offset), temperature=0.5)
+
+
+@pytest.mark.parametrize("kind", ["bool", "int64", "uint8", "float32", "float64", "weights"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("garbage", [NAN, INF, -INF, 3e38])
+def test_masked_tokens_are_not_read(implementation, rows_split, kind, reduction, garbage):
+    keep = torch.tensor([[1, 0, 1], [0, 1, 1]])
+    mask = keep * torch.rand(2, 3) * 5 if kind == "weights" else keep.to(getattr(torch, kind))
+    mask = mask.to(implementation.device)
+    logits = make_logits(implementation, 2, 3, 70)
+    logits[mask == 0] = garbage
+    loss, gradient = check(implementation, logits, mask, reduction=reduction)
+    assert (gradient[mask == 0] == 0).all()
+    if reduction == "none":
+        assert (loss[mask == 0] == 0).all()
+
+
+def test_an_integer_mask_counts_any_value_but_0_once(implementation):
+    logits = make_logits(implementation, 3, 20)
+    mask = torch.tensor([7, 0, -1]).to(implementation.device)
+    assert torch.equal(
+        entropy_loss(logits, mask, backend=implementation.backend),
+        entropy_loss(logits, mask != 0, backend=implementation.backend),
+    )
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_every_token_masked(implementation, reduction, requires_grad):
+    logits = make_logits(implementation, 2, 3, 50).fill_(NAN).requires_grad_(requires_grad)
+    mask = torch.zeros(2, 3, dtype=torch.bool, device=implementation.device)
+    loss = entropy_loss(logits, mask, reduction=reduction, backend=implementation.backend)
+    assert loss.item() == 0
+    if requires_grad:
+        loss.backward()
+        assert (logits.grad == 0).all()
+
+
+@pytest.mark.parametrize("as_tensor", [False, True], ids=["int", "tensor"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_num_items_in_batch_replaces_the_divisor(implementation, as_tensor, masked):
+    logits = make_logits(implementation, 2, 3, 50)
+    mask = torch.tensor([[1, 0, 1], [1, 1, 0]], device=implementation.device) if masked else None
+    items = torch.tensor(11, device=implementation.device) if as_tensor else 11
+    check(implementation, logits, mask, num_items_in_batch=items)
+
+
+def test_micro_batches_add_up_to_the_batch(implementation):
+    logits = make_logits(implementation, 6, 80)
+    mask = torch.tensor([1, 1, 0, 1, 0, 1], device=implementation.device)
+    whole = entropy_loss(logits, mask, backend=implementation.backend)
+    parts = sum(
+        entropy_loss(logits[i : i + 2], mask[i : i + 2], num_items_in_batch=4, backend=implementation.backend)
+        for i in (0, 2, 4)
+    )
+    torch.testing.assert_close(parts, whole, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("name", "view"),
+    [
+        ("shifted", lambda z: z[:, :-1]),
+        ("transposed", lambda z: z.transpose(0, 1)),
+        ("strided rows", lambda z: z[:, ::2]),
+        ("strided columns", lambda z: z[..., ::2]),
+        ("columns first", lambda z: z.permute(2, 1, 0)),
+        ("expanded", lambda z: z[:1].expand(3, -1, -1)),
+        ("expanded columns", lambda z: z[..., :1].expand(-1, -1, 40)),
+        ("one row", lambda z: z[0, 0]),
+        ("four dimensions", lambda z: z.unsqueeze(1).expand(-1, 2, -1, -1)),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_strides(implementation, rows_split, name, view, reduction):
+    check(implementation, view(make_logits(implementation, 3, 4, 120)), reduction=reduction)
+
+
+@pytest.mark.parametrize("shape", [(0, 10), (2, 0, 10), (1, 10), (10,)], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_few_tokens(implementation, shape, reduction):
+    logits = make_logits(implementation, *shape).requires_grad_()
+    loss = entropy_loss(logits, reduction=reduction, backend=implementation.backend)
+    assert loss.shape == (shape[:-1] if reduction == "none" else ())
+    loss.sum().backward()
+    assert logits.grad.shape == shape
+    if 0 in shape:
+        assert loss.sum().item() == 0
+    else:
+        check(implementation, logits, reduction=reduction)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_banned_tokens_contribute_nothing(implementation, rows_split, reduction):
+    logits = make_logits(implementation, 4, 9000)
+    logits[0, :8999] = -INF  # all but the last
+    logits[1, ::2] = -INF
+    logits[2, :4500] = -INF  # whole blocks
+    _, gradient = check(implementation, logits, reduction=reduction)
+    assert (gradient[logits == -INF] == 0).all()
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, "all -inf"])
+def test_rows_without_a_distribution_are_nan_and_spare_the_others(implementation, rows_split, bad):
+    logits = make_logits(implementation, 3, 9000)
+    if bad == "all -inf":
+        logits[1] = -INF
+    else:
+        logits[1, 8500] = bad
+    logits.requires_grad_()
+    loss = entropy_loss(logits, reduction="none", backend=implementation.backend)
+    assert loss.isnan().tolist() == [False, True, False]
+    loss.sum().backward()
+    assert logits.grad[1].isnan().all()
+    assert not logits.grad[[0, 2]].isnan().any()
+    fused = entropy_loss(logits, backend=implementation.backend)
+    logits.grad = None
+    fused.backward()
+    assert fused.isnan()
+    assert logits.grad[1].isnan().all()
+    assert not logits.grad[[0, 2]].isnan().any()
+
+
+@pytest.mark.parametrize("scale", [50.0, 1000.0, -INF], ids=str)
+def test_one_hot_rows(implementation, scale):
+    logits = torch.full((2, 4099), -scale if scale != -INF else scale, device=implementation.device)
+    logits[0, 5] = logits[1, 4098] = 0.0
+    loss, gradient = check(implementation, logits, reduction="none")
+    assert (loss >= 0).all()
+    if scale != 50.0:
+        assert (loss == 0).all()
+        assert (gradient == 0).all()
+
+
+def test_almost_one_hot_rows_keep_the_relative_accuracy_of_their_gradient(implementation, rows_split):
+    # log s is 2e-9 there, which float32 cannot tell from 0; the gradient is of the order of the entropy, 4e-8.
+    logits = torch.full((2, 50), -24.0, device=implementation.device)
+    logits[:, 7] = 0.0
+    check(implementation, logits)
+    check(implementation, logits, reduction="none")
+
+
+@pytest.mark.parametrize("vocab", [1, 7, 9000])
+def test_uniform_rows(implementation, vocab):
+    loss, gradient = check(implementation, torch.full((2, vocab), 3.0, device=implementation.device), reduction="none")
+    torch.testing.assert_close(loss, torch.full_like(loss, math.log(vocab)), rtol=2e-6, atol=3e-7)
+    assert gradient.abs().max() < 1e-6
+
+
+def test_gradient_rows_sum_to_0(implementation):
+    _, gradient = check(implementation, make_logits(implementation, 5, 9000), reduction="sum")
+    assert (gradient.double().sum(-1).abs() < 1e-6 * gradient.double().abs().sum(-1)).all()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_two_runs_agree_bit_for_bit(implementation, rows_split, reduction):
+    logits = make_logits(implementation, 5, 9000)
+    first, second = (check(implementation, logits, reduction=reduction) for _ in range(2))
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+
+
+@pytest.mark.parametrize("upstream", [0.0, -3.0, 65536.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=names)
+def test_upstream_gradient_of_the_mean(implementation, rows_split, dtype, upstream):
+    implementation.skip_dtype(dtype)
+    check(implementation, make_logits(implementation, 2, 3, 500, dtype=dtype), upstream=upstream)
+
+
+def test_float16_mean_does_not_underflow_before_the_loss_scale(implementation):
+    implementation.skip_dtype(torch.float16)
+    # Entries of 1e-8, which float16 cannot hold, until a gradient scaler has multiplied them.
+    logits = torch.full((4, 100), -24.0, dtype=torch.float16, device=implementation.device)
+    logits[:, 3] = 0.0
+    _, gradient = check(implementation, logits, upstream=65536.0)
+    assert (gradient != 0).all()
+
+
+@pytest.mark.parametrize("upstream", ["expanded", "strided", "random"])
+def test_per_token_upstream_gradients(implementation, upstream):
+    logits = make_logits(implementation, 4, 6, 100)
+    values = {
+        "expanded": torch.ones(()).expand(4, 6),
+        "strided": torch.randn(4, 12)[:, ::2],
+        "random": torch.randn(4, 6),
+    }[upstream]
+    check(implementation, logits, upstream=values.to(implementation.device), reduction="none")
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("view", ["whole", "shifted"])
+def test_inplace_backward_writes_into_the_logits(implementation, rows_split, reduction, view):
+    whole = make_logits(implementation, 2, 5, 300)
+    logits = whole[:, :-1] if view == "shifted" else whole
+    rest = whole[:, -1:].clone()
+    _, gradient = check(implementation, logits, reduction=reduction, inplace_backward=True)
+    assert torch.equal(gradient, logits)
+    if view == "shifted":
+        assert torch.equal(whole[:, -1:], rest), "wrote outside the logits it was given"
+    else:
+        assert gradient.data_ptr() == logits.data_ptr(), "the gradient was copied on its way"
+
+
+def test_inplace_backward_leaves_the_logits_without_a_gradient_alone(implementation):
+    logits = make_logits(implementation, 3, 50)
+    before = logits.clone()
+    entropy_loss(logits, inplace_backward=True, backend=implementation.backend)
+    with torch.no_grad():
+        entropy_loss(logits.requires_grad_(), inplace_backward=True, backend=implementation.backend)
+    assert torch.equal(logits, before)
+
+
+def test_inplace_backward_is_noticed_by_whoever_saved_the_logits(implementation):
+    hidden = make_logits(implementation, 3, 50).requires_grad_()
+    logits = hidden.tanh()  # whose backward needs its result
+    loss = entropy_loss(logits, inplace_backward=True, backend=implementation.backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_inplace_backward_refuses_logits_it_would_have_to_copy(implementation):
+    logits = make_logits(implementation, 50, 4).T.requires_grad_()
+    with pytest.raises(ValueError, match="inplace_backward needs logits"):
+        entropy_loss(logits, inplace_backward=True, backend=implementation.backend)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_retained_graph_gives_the_same_gradient_again(implementation, reduction):
+    logits = make_logits(implementation, 3, 50).requires_grad_()
+    loss = entropy_loss(logits, reduction=reduction, backend=implementation.backend).sum() * 3
+    first, second, third = (torch.autograd.grad(loss, logits, retain_graph=True)[0] for _ in range(3))
+    assert torch.equal(first, second)
+    assert torch.equal(first, third)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_higher_order_gradients_are_an_error(implementation, reduction):
+    logits = make_logits(implementation, 3, 50).requires_grad_()
+    loss = (entropy_loss(logits, reduction=reduction, backend=implementation.backend) ** 2).sum()
+    (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_no_gradient_is_computed_where_none_is_asked_for(implementation, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("a gradient was computed")
+
+    from em_kernels.ops import operators
+
+    module = operators.implementation(implementation.backend)
+    monkeypatch.setattr(module, "entropy_with_gradient", refuse)
+    monkeypatch.setattr(module, "row_gradient", refuse)
+    logits = make_logits(implementation, 3, 50)
+    assert not entropy_loss(logits, backend=implementation.backend).requires_grad
+    with torch.no_grad():
+        entropy_loss(logits.requires_grad_(), backend=implementation.backend)
+
+
+def test_the_value_does_not_depend_on_whether_a_gradient_is_wanted(implementation):
+    logits = make_logits(implementation, 3, 50)
+    mask = torch.tensor([0.5, 0.0, 2.0], device=implementation.device)
+    without = entropy_loss(logits, mask, backend=implementation.backend)
+    torch.testing.assert_close(
+        entropy_loss(logits.requires_grad_(), mask, backend=implementation.backend).detach(), without
+    )
+
+
+def test_module_and_function_agree(implementation):
+    logits = make_logits(implementation, 2, 3, 50)
+    mask = torch.tensor([[1, 0, 1], [1, 1, 0]], device=implementation.device)
+    module = EntropyLoss(temperature=0.5, backend=implementation.backend)
+    expected = entropy_loss(logits, mask, temperature=0.5, num_items_in_batch=9, backend=implementation.backend)
+    assert torch.equal(module(logits, mask, num_items_in_batch=9), expected)
+    assert "temperature=0.5" in repr(module)
+
+
+@pytest.mark.parametrize("shape", [(3, 100), (2, 3, 257)])
+def test_gradcheck(shape):
+    logits = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    mask = torch.rand(shape[:-1]) < 0.7
+    for reduction in ("mean", "sum", "none"):
+        assert torch.autograd.gradcheck(
+            lambda z, reduction=reduction: entropy_loss(z, mask, temperature=0.7, reduction=reduction), logits
+        )

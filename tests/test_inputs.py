@@ -1,0 +1,153 @@
+"""Every mistake a caller can make gets an error that names the argument, what was given and what is accepted."""
+
+import pytest
+import torch
+
+from em_kernels import entropy_loss, token_entropy, token_stats
+from em_kernels.ops import backends
+
+LOGITS = torch.zeros(4, 16, 30)
+
+
+@pytest.mark.parametrize("function", [entropy_loss, token_stats, token_entropy])
+@pytest.mark.parametrize(
+    ("logits", "error", "message"),
+    [
+        ([[1.0]], TypeError, "logits is a list, expected a torch.Tensor"),
+        (
+            torch.zeros(2, 3, dtype=torch.int64),
+            TypeError,
+            "logits has dtype torch.int64, expected one of torch.float32",
+        ),
+        (torch.zeros(()), ValueError, r"logits has shape \(\), expected \(..., V\)"),
+        (torch.zeros(3, 0), ValueError, r"logits has shape \(3, 0\), expected \(..., V\) with V at least 1"),
+    ],
+    ids=["list", "integers", "scalar", "empty vocabulary"],
+)
+def test_logits(function, logits, error, message):
+    with pytest.raises(error, match=message):
+        function(logits)
+
+
+@pytest.mark.parametrize("function", [entropy_loss, token_stats, token_entropy])
+@pytest.mark.parametrize(
+    ("mask", "error", "message"),
+    [
+        (
+            torch.ones(4, 12),
+            ValueError,
+            r"mask has shape \(4, 12\), expected logits.shape\[:-1\] = \(4, 16\)",
+        ),
+        (torch.ones(4, 16, dtype=torch.complex64), TypeError, "mask has dtype torch.complex64, expected bool"),
+        (torch.full((4, 16), -0.5), ValueError, r"mask has a negative weight \(-0.5\), expected weights of at least 0"),
+        ([1, 1], TypeError, "mask is a list, expected a torch.Tensor"),
+        (torch.ones(4, 16, device="meta"), ValueError, "mask is on meta, expected the device of logits, cpu"),
+    ],
+    ids=["shape", "complex", "negative", "list", "device"],
+)
+def test_mask(function, mask, error, message):
+    with pytest.raises(error, match=message):
+        function(LOGITS, mask=mask)
+
+
+@pytest.mark.parametrize("function", [entropy_loss, token_stats, token_entropy])
+@pytest.mark.parametrize(
+    ("temperature", "error", "message"),
+    [
+        (0.0, ValueError, "temperature is 0.0, expected a finite value above 0"),
+        (-1, ValueError, "temperature is -1, expected a finite value above 0"),
+        (float("nan"), ValueError, "temperature is nan, expected a finite value above 0"),
+        (float("inf"), ValueError, "temperature is inf, expected a finite value above 0"),
+        ("1", TypeError, "temperature is a str, expected a float or a torch.Tensor"),
+        (True, TypeError, "temperature is a bool, expected a float or a torch.Tensor"),
+        (torch.ones(5), ValueError, r"temperature has shape \(5,\), expected one that broadcasts to .* = \(4, 16\)"),
+        (torch.tensor([1.0] * 15 + [-2.0]), ValueError, "temperature has -2, expected values above 0"),
+    ],
+    ids=["zero", "negative", "nan", "inf", "str", "bool", "shape", "negative in a tensor"],
+)
+def test_temperature(function, temperature, error, message):
+    with pytest.raises(error, match=message):
+        function(LOGITS, temperature=temperature)
+
+
+@pytest.mark.parametrize(
+    ("target", "error", "message"),
+    [
+        (
+            torch.zeros(4, 15, dtype=torch.int64),
+            ValueError,
+            r"target has shape \(4, 15\), expected logits.shape\[:-1\]",
+        ),
+        (torch.zeros(4, 16), TypeError, "target has dtype torch.float32, expected an integer dtype"),
+        (torch.zeros(4, 16, dtype=torch.bool), TypeError, "target has dtype torch.bool, expected an integer dtype"),
+        (torch.full((4, 16), 30), ValueError, r"target has 30 where it is not masked, expected values in \[0, 30\)"),
+        (
+            torch.full((4, 16), -100),
+            ValueError,
+            r"target has -100 where it is not masked, expected values in \[0, 30\)",
+        ),
+        (7, TypeError, "target is a int, expected a torch.Tensor"),
+    ],
+    ids=["shape", "float", "bool", "too large", "negative", "int"],
+)
+def test_target(target, error, message):
+    with pytest.raises(error, match=message):
+        token_stats(LOGITS, target)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"reduction": "avg"}, ValueError, "reduction is 'avg', expected one of 'mean', 'sum', 'none'"),
+        ({"num_items_in_batch": 0}, ValueError, "num_items_in_batch is 0, expected at least 1"),
+        ({"num_items_in_batch": 2.5}, TypeError, "num_items_in_batch is a float, expected an int or a 0-d tensor"),
+        ({"num_items_in_batch": True}, TypeError, "num_items_in_batch is a bool, expected an int or a 0-d tensor"),
+        ({"num_items_in_batch": torch.ones(2)}, ValueError, r"num_items_in_batch has shape \(2,\), expected an int"),
+        (
+            {"num_items_in_batch": 3, "reduction": "sum"},
+            ValueError,
+            "num_items_in_batch is the divisor of reduction='mean', given with reduction='sum'",
+        ),
+    ],
+    ids=["reduction", "no items", "float items", "bool items", "items shape", "items with a sum"],
+)
+def test_options_of_the_loss(options, error, message):
+    with pytest.raises(error, match=message):
+        entropy_loss(LOGITS, **options)
+
+
+@pytest.mark.parametrize("function", [entropy_loss, token_stats, token_entropy])
+@pytest.mark.parametrize(
+    ("backend", "message"),
+    [
+        ("tpu", "backend='tpu' cannot run here: there is no such backend; accepted are 'triton', 'cuda', 'torch'"),
+        ("cuda", "backend='cuda' cannot run here: this build has no compiled CUDA kernels"),
+    ],
+)
+def test_backends_that_cannot_run(function, backend, message):
+    with pytest.raises(ValueError, match=message):
+        function(LOGITS, backend=backend)
+
+
+def test_triton_says_why_it_cannot_run():
+    cpu = torch.device("cpu")
+    assert "logits are float64" in str(backends.unavailable_reason("triton", cpu, torch.float64))
+    if not backends._triton_interpreted():
+        assert "logits are on cpu" in str(backends.unavailable_reason("triton", cpu))
+
+
+def test_triton_is_not_chosen_where_it_would_be_interpreted(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("Triton was chosen for tensors on the CPU")
+
+    from em_kernels.ops import triton_entropy
+
+    monkeypatch.setattr(triton_entropy, "row_statistics", refuse)
+    token_entropy(LOGITS)
+
+
+def test_values_that_a_device_would_have_to_be_asked_for_are_not_looked_at():
+    # On the meta device there are none: a check that looked would fail.
+    logits = LOGITS.to("meta")
+    weights = torch.ones(4, 16, device="meta")
+    assert entropy_loss(logits, weights, temperature=weights).shape == ()
