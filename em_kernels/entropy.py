@@ -60,7 +60,8 @@ def entropy_loss(
     )
 
     needs_grad = logits.requires_grad and torch.is_grad_enabled()
-    if inplace_backward and needs_grad and rows.data_ptr() != logits.data_ptr():
+    writes_in_place = inplace_backward and needs_grad and not operators.must_trace(logits)
+    if writes_in_place and rows.data_ptr() != logits.data_ptr():
         raise ValueError(
             "inplace_backward needs logits with a contiguous last dimension and at most two strides between tokens, "
             f"given logits of shape {tuple(logits.shape)} and strides {logits.stride()}"

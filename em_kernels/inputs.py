@@ -95,7 +95,7 @@ def flatten_temperature(temperature: float | Tensor, logits: Tensor) -> tuple[Te
     if torch.compiler.is_compiling():
         # As an operator's float argument it would be burnt into the graph; a factor of a tensor may change.
         scalar = torch.ones((), dtype=dtype, device=logits.device) * temperature
-        return scalar.expand(logits.shape[:-1]).reshape(-1), 1.0
+        return scalar.expand(logits.shape[:-1]).reshape(-1).contiguous(), 1.0
     return None, temperature
 
 

@@ -20,7 +20,7 @@ def reference_loss(logits: Tensor, mask: Tensor | None = None, upstream: Tensor 
 
 
 def reference_stats(logits: Tensor, target: Tensor | None, mask: Tensor | None, upstream, temperature=1.0):
-    """The statistics, 0 where masked, and the gradient of sum_i (field_i * upstream_i).sum(), in float64, on the CPU."""
+    """The statistics, 0 where masked, and the gradient of the sum of field * upstream, in float64, on the CPU."""
     z = logits.detach().cpu().double()
     kept = torch.ones(z.shape[:-1], dtype=torch.bool) if mask is None else mask.cpu() != 0
     z = torch.where(kept.unsqueeze(-1), z, 0.0).requires_grad_()
@@ -58,8 +58,8 @@ def assert_gradient(
 ) -> None:
     """Each row within `share` of its largest entry; 16-bit gradients within `ulps` units in the last place or that.
 
-    `scale`, a number or one per row, is an additional magnitude the rounding is relative to: the upstream gradient of terms
-    that cancel in the row, such as the 1 - p of a log-probability.
+    `scale`, a number or one per row, is an additional magnitude the rounding is relative to: the upstream gradient of
+    terms that cancel in the row, such as the 1 - p of a log-probability.
     """
     actual = actual.detach().cpu()
     assert actual.dtype == dtype

@@ -43,7 +43,7 @@ def cases(draw) -> dict[str, Any]:
     }
 
 
-# At temperature 0.1 and a scale of 30, the runner-up of a row can lie at d = -30, where rounding z - max z alone is 2e-6.
+# At temperature 0.1 and a scale of 30, a row's runner-up can lie at d = -30, where rounding z - max z alone is 2e-6.
 GRADIENT_SHARE = 4e-6
 
 

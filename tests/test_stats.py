@@ -20,7 +20,7 @@ def names(value):
 
 
 def check(implementation, logits, target=None, mask=None, upstream=(1.0, 1.0, 1.0, 1.0), temperature=1.0):
-    """The statistics and the gradient of their mix against the reference; `upstream` None is a field that is not used."""
+    """The statistics and the gradient of their mix against the reference; upstream None: the field is not used."""
     shape = logits.shape[:-1]
     device = logits.device
     upstream = [None if g is None else g if isinstance(g, torch.Tensor) else torch.full(shape, g) for g in upstream]

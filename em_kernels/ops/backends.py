@@ -1,11 +1,11 @@
 """Which implementation can run where, and if not, why."""
 
-import functools
 import importlib.util
 
 import torch
 
 NAMES = ("triton", "cuda", "torch")
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def unavailable_reason(backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
@@ -18,7 +18,7 @@ def unavailable_reason(backend: str, device: torch.device, dtype: torch.dtype = 
         return "this build has no compiled CUDA kernels; use 'triton'"
     if dtype == torch.float64:
         return "the Triton kernels compute in float32 and the logits are float64; use 'torch'"
-    if not _triton_installed():
+    if not _TRITON_INSTALLED:
         return "Triton is not installed"
     if device.type != "cuda" and not _triton_interpreted():
         return f"Triton compiles for a GPU and the logits are on {device} (TRITON_INTERPRET=1 runs it on the CPU)"
@@ -26,15 +26,7 @@ def unavailable_reason(backend: str, device: torch.device, dtype: torch.dtype = 
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
-def _triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-@torch.compiler.assume_constant_result
-@functools.cache
 def _triton_interpreted() -> bool:
-    # Read once: Triton itself reads it when a kernel is defined, and never again.
     import triton
 
     return triton.knobs.runtime.interpret

@@ -42,7 +42,7 @@ def row_statistics(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Entropy, lse, log-probability of the target and varentropy per row; the last two empty where not asked for."""
     arguments = (logits, mask, row_temperature, temperature, target, varentropy, backend)
-    if _must_trace(logits):
+    if must_trace(logits):
         return _row_statistics_op(*arguments)[:4]
     if not (logits.requires_grad and torch.is_grad_enabled()):
         return implementation(backend).row_statistics(*arguments[:-1])[:4]
@@ -62,12 +62,12 @@ def entropy_with_gradient(
 ) -> Tensor:
     """The sum over rows of weight / divisor / count * H, a scalar, with its gradient made on the way."""
     arguments = (logits, weight, divisor, count, row_temperature, temperature, backend)
-    if _must_trace(logits):
+    if must_trace(logits):
         return _entropy_with_gradient_op(*arguments)[0]
     return _EntropyWithGradient.apply(*arguments, inplace_backward)
 
 
-def _must_trace(logits: Tensor) -> bool:
+def must_trace(logits: Tensor) -> bool:
     return torch.compiler.is_compiling() or type(logits) not in (Tensor, torch.nn.Parameter)
 
 
@@ -176,7 +176,7 @@ class _RowStatistics(torch.autograd.Function):
         # A statistic that was not asked for is empty, and so is its gradient.
         upstream = tuple(None if g is None or g.numel() == 0 else g for g in upstream[:4])
         arguments = (logits, saved, varentropy, target, *upstream)
-        if _must_trace(logits):
+        if must_trace(logits):
             gradient = _row_gradient_op(*arguments, ctx.backend)
         else:
             logits = logits.detach()

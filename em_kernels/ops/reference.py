@@ -25,7 +25,7 @@ def row_statistics(logits: Tensor, target: Tensor | None = None, *, temperature:
     z = logits.double()
     if isinstance(temperature, Tensor):
         temperature = temperature.double().unsqueeze(-1)
-    # Moving a row by a constant changes only lse; without it, lse - y would cancel. NaN for a row of all -inf or with +inf.
+    # Moving a row changes only lse; without it, lse - y would cancel. NaN for a row of all -inf or with +inf.
     largest = z.detach().amax(dim=-1, keepdim=True)
     y = (z - largest) / temperature
     logp = y - y.logsumexp(dim=-1, keepdim=True)

@@ -1,8 +1,8 @@
 """The operators in Triton: launchers, and which kernel serves which call.
 
-    entropy_with_gradient   many rows, or short ones: `entropy_gradient_kernel`, a program a row, two passes over the row
-                            of which the second finds it in the second-level cache: one read and one write of device
-                            memory.
+    entropy_with_gradient   many rows, or short ones: `entropy_gradient_kernel`, a program a row, which passes over it
+                            twice and finds it in the second-level cache the second time: one read and one write of
+                            device memory.
                             few long rows: `partial_sums_kernel` and `split_gradient_kernel`, a row split over programs.
     row_statistics          `partial_sums_kernel` (rows split over programs where they are few), `finish_kernel`: one
                             read. Saved for backward: the logits, and (4, rows) float32.

@@ -1,0 +1,121 @@
+"""What only a GPU can show: offsets beyond 32 bits, CUDA graphs, no synchronisation, memory, more than one device."""
+
+import pytest
+import torch
+from oracles import assert_entropy, assert_gradient, reference_loss
+
+from em_kernels import entropy_loss, token_entropy, token_stats
+
+pytestmark = pytest.mark.gpu
+
+GIB = 1 << 30
+
+
+def train(logits, **options):
+    loss = entropy_loss(logits, backend="triton", **options)
+    loss.sum().backward()
+    return loss.detach()
+
+
+def test_more_than_2_31_elements():
+    rows, vocab = 16_500, 131_072
+    if torch.cuda.mem_get_info()[0] < 12 * GIB:
+        pytest.skip("needs 12 GiB of free memory")
+    logits = torch.empty(rows, vocab, dtype=torch.bfloat16, device="cuda")
+    for chunk in logits.split(1024):
+        chunk.normal_(std=3.0)
+    # The last rows, beyond 2^31 elements.
+    last = logits[-2:].clone()
+    expected, expected_gradient = reference_loss(last, reduction="none")
+    logits.requires_grad_()
+    entropy = token_entropy(logits, backend="triton")
+    assert_entropy(entropy[-2:], expected)
+    train(logits, reduction="sum", inplace_backward=True)
+    assert_gradient(logits.grad[-2:], expected_gradient, torch.bfloat16)
+    logits.grad = None
+    with torch.no_grad():
+        logits[-2:] = last
+    stats = token_stats(logits, torch.zeros(rows, dtype=torch.int64, device="cuda"), backend="triton")
+    (gradient,) = torch.autograd.grad(stats.entropy[-2:].sum(), logits)
+    assert_gradient(gradient[-2:], expected_gradient, torch.bfloat16)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("rows", [2, 300], ids=["split rows", "a program a row"])
+def test_captured_in_a_cuda_graph(reduction, rows):
+    logits = torch.randn(rows, 50_000, device="cuda", requires_grad=True)
+    mask = torch.rand(rows, device="cuda") < 0.7
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            logits.grad = None
+            train(logits, mask=mask, reduction=reduction)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    logits.grad = None
+    with torch.cuda.graph(graph):
+        loss = train(logits, mask=mask, reduction=reduction)
+    for _ in range(2):
+        with torch.no_grad():
+            logits.normal_()
+        graph.replay()
+        expected, expected_gradient = reference_loss(logits, mask, reduction=reduction)
+        assert_entropy(loss, expected)
+        assert_gradient(logits.grad, expected_gradient, torch.float32)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("kind", ["no mask", "bool", "int64", "float32"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_no_synchronisation(reduction, kind, dtype):
+    logits = torch.randn(4, 50, 1000, device="cuda", dtype=dtype, requires_grad=True)
+    mask = None if kind == "no mask" else torch.ones(4, 50, device="cuda").to(getattr(torch, kind))
+    items = torch.tensor(150.0, device="cuda") if reduction == "mean" else None
+    temperature = torch.ones(4, 1, device="cuda")
+    target = torch.zeros(4, 50, dtype=torch.int64, device="cuda")
+    for mode in ("default", "error"):  # the first time compiles, which may wait
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            train(logits, mask=mask, reduction=reduction)
+            train(logits[:, :-1], temperature=temperature, reduction=reduction, num_items_in_batch=items)
+            stats = token_stats(logits, target, mask=mask, backend="triton")
+            sum(field.sum() for field in stats).backward()
+            token_entropy(logits, mask=mask, backend="triton")
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_peak_memory(inplace, reduction):
+    logits = torch.randn(512, 151_936, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    mask = torch.rand(512, device="cuda") < 0.7
+    train(logits[:1], mask=mask[:1], reduction=reduction)
+    logits.grad = None
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    train(logits, mask=mask, reduction=reduction, inplace_backward=inplace)
+    extra = torch.cuda.max_memory_allocated() - before
+    gradient = 0 if inplace else logits.numel() * logits.element_size()
+    # A few float32 numbers a token, and the allocator's granularity.
+    assert extra <= gradient + 512 * 64 + (2 << 20)
+
+
+def test_deterministic():
+    logits = torch.randn(300, 151_936, device="cuda", dtype=torch.bfloat16)
+
+    def run():
+        leaf = logits.clone().requires_grad_()
+        return train(leaf), leaf.grad
+
+    first, second = run(), run()
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_device_that_is_not_the_current_one():
+    logits = torch.randn(4, 100, device="cuda:1", requires_grad=True)
+    expected, expected_gradient = reference_loss(logits)
+    assert_entropy(train(logits), expected)
+    assert_gradient(logits.grad, expected_gradient, torch.float32)
