@@ -138,7 +138,7 @@ def _check_num_items(num_items: int | Tensor, reduction: str, logits: Tensor) ->
             raise ValueError(f"num_items_in_batch has shape {tuple(num_items.shape)}, expected an int or a 0-d tensor")
         dtype = inputs.statistics_dtype(logits.dtype)
         return num_items.detach().to(logits.device, dtype, non_blocking=True)
-    if isinstance(num_items, bool) or not isinstance(num_items, int | torch.SymInt):
+    if isinstance(num_items, bool) or not isinstance(num_items, (int, torch.SymInt)):
         raise TypeError(f"num_items_in_batch is a {type(num_items).__name__}, expected an int or a 0-d tensor")
     if num_items <= 0:
         raise ValueError(f"num_items_in_batch is {num_items}, expected at least 1")

@@ -88,7 +88,7 @@ def flatten_temperature(temperature: float | Tensor, logits: Tensor) -> tuple[Te
         if _values_visible(temperature) and not bool((temperature > 0).all()):
             raise ValueError(f"temperature has {temperature.min().item():g}, expected values above 0")
         return expanded.to(logits.device, dtype, non_blocking=True).reshape(-1).contiguous(), 1.0
-    if isinstance(temperature, bool) or not isinstance(temperature, int | float):
+    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
         raise TypeError(f"temperature is a {type(temperature).__name__}, expected a float or a torch.Tensor")
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature is {temperature}, expected a finite value above 0")
