@@ -1,0 +1,46 @@
+"""Contenders take turns, one that fails leaves the others alone."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from timing import Call, Timing, measure, summary
+
+CPU = torch.device("cpu")
+
+
+def test_a_failing_contender_is_answered_by_its_exception_and_the_others_go_on():
+    def fail(slot):
+        raise ValueError("broken")
+
+    timings = measure({"broken": Call(fail), "fine": Call(lambda slot: slot)}, CPU, budget=0.01)
+    assert isinstance(timings["broken"], ValueError)
+    assert isinstance(timings["fine"], Timing)
+
+
+def test_a_failing_check_is_the_contenders_failure():
+    def check(name, result):
+        if result == "wrong":
+            raise ArithmeticError(name)
+
+    timings = measure({"a": Call(lambda _: "wrong"), "b": Call(lambda _: "right")}, CPU, budget=0.01, check=check)
+    assert isinstance(timings["a"], ArithmeticError)
+    assert isinstance(timings["b"], Timing)
+
+
+def test_contenders_alternate_over_all_slots_and_are_restored_after_each_call():
+    calls = []
+    names = {name: Call(lambda slot, name=name: calls.append((name, slot))) for name in "ab"}
+    names["b"] = names["b"]._replace(restore=lambda slot: calls.append(("restore", slot)))
+    measure(names, CPU, slots=3, budget=0, most_rounds=5)
+    order = "".join(name for name, _ in calls if name != "restore")
+    assert order == "aaabbb" + "abbaabbaab"
+    assert [slot for name, slot in calls if name != "restore"] == [i % 3 for i in range(16)]
+    assert all(calls[i + 1] == ("restore", slot) for i, (name, slot) in enumerate(calls) if name == "b")
+
+
+def test_summary_is_the_median_between_the_percentiles():
+    assert summary([5.0, 1.0, 3.0, 2.0, 4.0, 6.0]) == pytest.approx((3.5, 2.0, 5.0, 6))
