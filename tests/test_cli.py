@@ -1,11 +1,17 @@
-import os
+import json
 import re
+import resource
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from tiny_model import save_tiny_model
 
 from em_kernels import __version__
 from em_kernels.cli import main
@@ -31,8 +37,10 @@ def _error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     said = capsys.readouterr()
     assert status == 2
     assert said.out == ""
-    assert re.fullmatch(r"em-kernels( train)?: error: [^\n]+\n", said.err)
-    return said.err
+    # Loading a model shows a bar; nothing else may stand beside the message.
+    [message] = [line for line in re.split(r"[\r\n]+", said.err) if line and not line.startswith("Loading weights")]
+    assert re.match(r"em-kernels( train)?: error: ", message)
+    return message
 
 
 def test_presets_and_flags(
@@ -109,10 +117,86 @@ def test_missing_dependency_says_what_to_install(
     assert "pip install 'em_kernels[one-shot]'" in _error(capsys, "train")
 
 
-def test_model_without_chat_template(
-    capsys: pytest.CaptureFixture[str], tiny_model_folder: Path, tmp_path: Path
-) -> None:
-    (tiny_model_folder / "chat_template.jinja").unlink()
-    assert "has no chat template" in _error(
-        capsys, "train", "--model", str(tiny_model_folder), "--output", str(tmp_path / "run")
-    )
+@pytest.fixture(scope="module")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    save_tiny_model(folder)
+    return folder
+
+
+def test_model_without_chat_template(capsys: pytest.CaptureFixture[str], tiny_folder: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_folder, model)
+    (model / "chat_template.jinja").unlink()
+    arguments = ["train", "--model", str(model), "--output", str(tmp_path / "run")]
+    assert "has no chat template" in _error(capsys, *arguments)
+
+
+def test_prompt_longer_than_the_context(capsys: pytest.CaptureFixture[str], tiny_folder: Path, tmp_path: Path) -> None:
+    arguments = ["train", "--model", str(tiny_folder), "--output", str(tmp_path / "run"), "--prompt", "long " * 60]
+    assert "more than the model's context of 256 tokens" in _error(capsys, *arguments)
+
+
+def test_full_disk(capsys: pytest.CaptureFixture[str], tiny_folder: Path, tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        arguments = ["train", "--model", str(tiny_folder), "--output", str(tmp_path / "run")]
+        assert "File too large" in _error(capsys, *arguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def _start(*arguments: str, **options: Any) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "em_kernels.cli", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def test_interrupted_run_says_how_to_go_on_and_does(tiny_folder: Path, tmp_path: Path) -> None:
+    output = str(tmp_path / "a run")
+    command = ["train", "--model", str(tiny_folder), "--output", output, "--prompt", "2+2?", "--steps", "40"]
+    command += ["--batch-size", "2", "--max-new-tokens", "8", "--evaluation-size", "0"]
+    run = _start(*command)
+    assert run.stdout is not None
+    # As a user would: the key is pressed once a step has been seen.
+    for line in run.stdout:
+        if line.startswith("step  1/40"):
+            run.send_signal(signal.SIGINT)
+            break
+    _, said = run.communicate()
+    assert run.returncode == 130, said
+    last = said.splitlines()[-1]
+    assert last == f"em-kernels train: interrupted; go on with: em-kernels {shlex.join([*command, '--resume'])}"
+    assert "Traceback" not in said
+
+    resumed = _start(*shlex.split(last.partition("go on with: em-kernels ")[2]))
+    told, said = resumed.communicate()
+    assert resumed.returncode == 0, said
+    steps = [json.loads(line)["step"] for line in (tmp_path / "a run" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 41))
+    assert "Resuming after step" in told
+
+
+def test_info(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(rf"^em_kernels +{re.escape(__version__)}$", said, re.MULTILINE)
+    assert re.search(rf"^torch +{re.escape(torch.__version__)}$", said, re.MULTILINE)
+    assert re.search(r"^backends on cpu$\n^  triton +\S.*\n^  cuda +\S.*\n^  torch +runs$", said, re.MULTILINE)
+
+
+@pytest.mark.parametrize("argument", ["--help", "info"])
+def test_help_and_info_do_not_load_the_training_stack(argument: str) -> None:
+    program = f"""
+import sys
+from em_kernels.cli import main
+try:
+    main([{argument!r}])
+except SystemExit as stopped:
+    assert not stopped.code
+loaded = {{"transformers", "accelerate", "matplotlib", "math_verify"}} & set(sys.modules)
+assert not loaded, loaded
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert ("train" if argument == "--help" else "backends on cpu") in result.stdout

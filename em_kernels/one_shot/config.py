@@ -1,0 +1,109 @@
+"""What a training run is: every setting that decides its result, and the presets."""
+
+import dataclasses
+import importlib.util
+import math
+from dataclasses import dataclass
+
+DTYPES = ("float32", "bfloat16")
+TRACKERS = ("none", "tensorboard", "wandb")
+
+DEFAULT_PROMPT = (
+    "A bakery bakes 7 trays of rolls with 8 rolls on each tray. It sells 29 rolls in the morning and 13 rolls in the "
+    "afternoon. How many rolls does it have at the end of the day?"
+)
+
+
+class UsageError(ValueError):
+    """A mistake or a limit of the surroundings that the user can do something about; its message says what."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The settings of one run; the defaults are those of the paper (arXiv 2505.20282).
+
+    Args:
+        model: name or folder of a Transformers causal language model; None is the built-in SmolLM2-135M-Instruct.
+        trust_remote_code: let the model's repository run its own code.
+        prompts: the training prompts, without answers; the completions of a step are shared out among them in turn.
+        steps: optimiser updates, whatever the number of micro-batches and processes.
+        learning_rate: constant, for AdamW.
+        temperature: of sampling and of the loss.
+        batch_size: completions per optimiser step, over all processes.
+        micro_batch_size: completions per forward and backward pass, per process; changes memory and speed only.
+        max_new_tokens: longest completion, in tokens.
+        max_grad_norm: the gradient is scaled down to this norm when it is longer.
+        seed: of sampling and of the evaluation problems.
+        dtype: what the model computes in. Parameters and optimiser state are float32 either way: an update of 2e-5 is
+            below bfloat16's resolution of most weights and would be lost.
+        gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
+        evaluation_size: problems to measure accuracy on before and after, 0 for none.
+        report_to: the tracker that Accelerate feeds beside metrics.jsonl.
+
+    Raises:
+        UsageError: a setting is out of range; the message names it.
+    """
+
+    model: str | None = None
+    trust_remote_code: bool = False
+    prompts: tuple[str, ...] = (DEFAULT_PROMPT,)
+    steps: int = 10
+    learning_rate: float = 2e-5
+    temperature: float = 0.5
+    batch_size: int = 64
+    micro_batch_size: int = 4
+    max_new_tokens: int = 2048
+    max_grad_norm: float = 1.0
+    seed: int = 0
+    dtype: str = "float32"
+    gradient_checkpointing: bool = False
+    evaluation_size: int = 200
+    report_to: str = "none"
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "micro_batch_size", "max_new_tokens"):
+            _check_integer(name, getattr(self, name), at_least=1)
+        for name in ("seed", "evaluation_size"):
+            _check_integer(name, getattr(self, name), at_least=0)
+        for name in ("learning_rate", "temperature", "max_grad_norm"):
+            value = getattr(self, name)
+            if not (isinstance(value, int | float) and 0 < value < math.inf):
+                raise UsageError(f"{name} is {value!r}, expected a finite number above 0")
+        _check_choice("dtype", self.dtype, DTYPES)
+        _check_choice("report_to", self.report_to, TRACKERS)
+        if self.report_to != "none" and importlib.util.find_spec(self.report_to) is None:
+            raise UsageError(f"report_to is {self.report_to!r}, but the package {self.report_to} is not installed")
+        if not self.prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in self.prompts):
+            raise UsageError(f"prompts is {self.prompts!r}, expected at least one text, none of them empty")
+
+    def differences(self, other: "TrainConfig") -> list[str]:
+        """The settings in which `other` differs, as 'name: other's value, not this one's'."""
+        return [
+            f"{field.name}: {getattr(other, field.name)!r}, not {getattr(self, field.name)!r}"
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != getattr(other, field.name)
+        ]
+
+
+def _check_integer(name: str, value: object, *, at_least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+        raise UsageError(f"{name} is {value!r}, expected an integer of at least {at_least}")
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UsageError(f"{name} is {value!r}, expected one of {', '.join(choices)}")
+
+
+PRESETS = {
+    "paper": TrainConfig(),
+    # Two CPU cores and five minutes.
+    "demo": TrainConfig(
+        steps=6,
+        learning_rate=1e-5,
+        batch_size=16,
+        micro_batch_size=8,
+        max_new_tokens=64,
+        evaluation_size=32,
+    ),
+}

