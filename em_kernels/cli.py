@@ -133,7 +133,7 @@ def _info() -> None:
     import torch
 
     import em_kernels
-    from em_kernels.ops import backends
+    from em_kernels.ops import backends, native_cpu
 
     print(f"em_kernels    {em_kernels.__version__}")
     print(
@@ -154,6 +154,7 @@ def _info() -> None:
         print(f"\nbackends on {device}{name}")
         for backend in backends.NAMES:
             print(f"  {backend:11} {backends.unavailable_reason(backend, device) or 'runs'}")
+    print(f"\ncompiled CPU kernels of 'torch': {native_cpu.unavailable_reason() or 'run on float32'}")
 
 
 if __name__ == "__main__":

@@ -61,6 +61,13 @@ def entropy_loss(
 
     needs_grad = logits.requires_grad and torch.is_grad_enabled()
     writes_in_place = inplace_backward and needs_grad and not operators.must_trace(logits)
+    if writes_in_place and any(
+        size > 1 and stride == 0 for size, stride in zip(logits.shape, logits.stride(), strict=True)
+    ):
+        raise ValueError(
+            "inplace_backward needs logits whose elements have memory of their own, "
+            f"given expanded logits of shape {tuple(logits.shape)} and strides {logits.stride()}"
+        )
     if writes_in_place and rows.data_ptr() != logits.data_ptr():
         raise ValueError(
             "inplace_backward needs logits with a contiguous last dimension and at most two strides between tokens, "

@@ -77,6 +77,8 @@ def flatten_temperature(temperature: float | Tensor, logits: Tensor) -> tuple[Te
     """A temperature per row, or None and the one temperature of all rows."""
     dtype = statistics_dtype(logits.dtype)
     if isinstance(temperature, Tensor):
+        if temperature.is_complex() or temperature.dtype == torch.bool:
+            raise TypeError(f"temperature has dtype {temperature.dtype}, expected a float or integer dtype")
         shape = logits.shape[:-1]
         try:
             expanded = temperature.detach().expand(shape)
@@ -85,8 +87,12 @@ def flatten_temperature(temperature: float | Tensor, logits: Tensor) -> tuple[Te
                 f"temperature has shape {tuple(temperature.shape)}, "
                 f"expected one that broadcasts to logits.shape[:-1] = {tuple(shape)}"
             ) from None
-        if _values_visible(temperature) and not bool((temperature > 0).all()):
-            raise ValueError(f"temperature has {temperature.min().item():g}, expected values above 0")
+        if _values_visible(temperature):
+            accepted = (temperature > 0) & (temperature < float("inf"))
+            if not bool(accepted.all()):
+                raise ValueError(
+                    f"temperature has {temperature[~accepted][0].item():g}, expected finite values above 0"
+                )
         return expanded.to(logits.device, dtype, non_blocking=True).reshape(-1).contiguous(), 1.0
     if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
         raise TypeError(f"temperature is a {type(temperature).__name__}, expected a float or a torch.Tensor")

@@ -30,7 +30,9 @@ optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)
 
 chat = [{"role": "user", "content": args.prompt}]
 text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-prompt = tokenizer([text] * args.batch_size, add_special_tokens=False, return_tensors="pt").to(device)
+prompt = tokenizer(
+    [text] * args.batch_size, add_special_tokens=False, return_token_type_ids=False, return_tensors="pt"
+).to(device)
 
 # Plain sampling from softmax(logits / temperature): the author's top-p, top-k and penalties would sample from another
 # distribution than the one whose entropy is lowered.

@@ -10,13 +10,14 @@ if not torch.cuda.is_available():
 
 import pytest
 
-from em_kernels.ops import backends, native_cpu
+from em_kernels.ops import backends, blocked, native_cpu
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Two workers with two threads each on two cores spend their time waiting for each other.
     torch.set_num_threads(1)
 
-IMPLEMENTATIONS = ("pytorch", "compiled", "triton")
+# "pytorch off cpu" is what runs on a device whose values the host must not look at: no row is left out of a block.
+IMPLEMENTATIONS = ("pytorch", "pytorch off cpu", "compiled", "triton")
 
 
 class Implementation:
@@ -25,7 +26,8 @@ class Implementation:
     def __init__(self, name: str) -> None:
         self.name = name
         self.backend = "triton" if name == "triton" else "torch"
-        self.device = "cuda" if name == "triton" and torch.cuda.is_available() else "cpu"
+        on_gpu = name in ("triton", "pytorch off cpu") and torch.cuda.is_available()
+        self.device = "cuda" if on_gpu else "cpu"
 
     @property
     def interpreted(self) -> bool:
@@ -43,8 +45,10 @@ def implementation(request, monkeypatch):
     this = Implementation(request.param)
     if this.name == "compiled" and native_cpu.unavailable_reason():
         pytest.skip(native_cpu.unavailable_reason())
-    if this.name == "pytorch":
+    if this.name.startswith("pytorch"):
         monkeypatch.setattr(native_cpu, "unavailable_reason", lambda: "switched off by the test")
+    if this.name == "pytorch off cpu" and this.device == "cpu":
+        monkeypatch.setattr(blocked, "_host_sees", lambda _: False)
     if this.name == "triton":
         reason = backends.unavailable_reason("triton", torch.device(this.device))
         if reason:

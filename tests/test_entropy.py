@@ -57,6 +57,20 @@ def test_loss_and_gradient(implementation, rows_split, dtype, vocab, reduction):
     check(implementation, logits, reduction=reduction, temperature=0.7, upstream=upstream)
 
 
+@pytest.mark.parametrize(
+    ("rows", "vocab"),
+    [(8, 40_000), (2, 40_000)],
+    ids=["a row is many of the largest tiles", "a split is many tiles"],
+)
+def test_long_rows(implementation, rows, vocab):
+    # More than 128 KB of float32: 5 tiles of 8192 where a program has the row, and where programs share it (8 of them
+    # a row, of the 8 multiprocessors that the interpreter is said to have) two of 4096 for some and one for others.
+    logits = make_logits(implementation, rows, vocab)
+    logits[0, 8192:] = -INF
+    logits[1, :8192] = -INF
+    check(implementation, logits, reduction="mean", temperature=0.7)
+
+
 @pytest.mark.parametrize("temperature", [0.01, 0.5, 1, 3.0, 100.0, "0-d", "per token", "broadcast"])
 def test_temperatures(implementation, temperature):
     if isinstance(temperature, str):
@@ -119,6 +133,21 @@ def test_num_items_in_batch_replaces_the_divisor(implementation, as_tensor, mask
     check(implementation, logits, mask, num_items_in_batch=items)
 
 
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("kind", ["no mask", "some", "nothing"])
+def test_a_divisor_of_0_leaves_the_sum(implementation, rows_split, kind, requires_grad):
+    # A micro-batch of a batch without tokens: its count arrives on the device, where it cannot be looked at.
+    logits = make_logits(implementation, 2, 3, 50)
+    keep = {"no mask": None, "some": torch.tensor([[1, 0, 1], [1, 1, 0]]), "nothing": torch.zeros(2, 3)}[kind]
+    mask = None if keep is None else keep.to(implementation.device)
+    items = torch.tensor(0, device=implementation.device)
+    expected, _ = reference_loss(logits, mask, num_items_in_batch=items)
+    leaf = logits.requires_grad_(requires_grad)
+    assert_entropy(entropy_loss(leaf, mask, num_items_in_batch=items, backend=implementation.backend), expected)
+    if requires_grad:
+        check(implementation, logits, mask, num_items_in_batch=items)
+
+
 def test_micro_batches_add_up_to_the_batch(implementation):
     logits = make_logits(implementation, 6, 80)
     mask = torch.tensor([1, 1, 0, 1, 0, 1], device=implementation.device)
@@ -137,7 +166,7 @@ def test_micro_batches_add_up_to_the_batch(implementation):
         ("transposed", lambda z: z.transpose(0, 1)),
         ("strided rows", lambda z: z[:, ::2]),
         ("strided columns", lambda z: z[..., ::2]),
-        ("columns first", lambda z: z.permute(2, 1, 0)),
+        ("columns first", lambda z: z[..., :9].permute(2, 1, 0)),
         ("expanded", lambda z: z[:1].expand(3, -1, -1)),
         ("expanded columns", lambda z: z[..., :1].expand(-1, -1, 40)),
         ("one row", lambda z: z[0, 0]),
@@ -292,6 +321,15 @@ def test_inplace_backward_is_noticed_by_whoever_saved_the_logits(implementation)
         loss.backward()
 
 
+@pytest.mark.parametrize("shape", [(3, 50), (3, 4, 50)], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_inplace_backward_refuses_logits_whose_tokens_share_memory(implementation, shape, reduction):
+    # The gradient of one token would be read as the logits of the next.
+    logits = make_logits(implementation, 1, *shape[1:]).expand(shape).requires_grad_()
+    with pytest.raises(ValueError, match="inplace_backward needs logits whose elements have memory of their own"):
+        entropy_loss(logits, reduction=reduction, inplace_backward=True, backend=implementation.backend)
+
+
 def test_inplace_backward_refuses_logits_it_would_have_to_copy(implementation):
     logits = make_logits(implementation, 50, 4).T.requires_grad_()
     with pytest.raises(ValueError, match="inplace_backward needs logits"):
@@ -310,6 +348,18 @@ def test_a_retained_graph_gives_the_same_gradient_again(implementation, reductio
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_higher_order_gradients_are_an_error(implementation, reduction):
     logits = make_logits(implementation, 3, 50).requires_grad_()
+    loss = (entropy_loss(logits, reduction=reduction, backend=implementation.backend) ** 2).sum()
+    (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_higher_order_gradients_are_an_error_of_a_tensor_subclass_too(implementation, reduction):
+    class Subclass(torch.Tensor):
+        """Goes through the registered operator rather than straight to the implementation."""
+
+    logits = make_logits(implementation, 3, 50).as_subclass(Subclass).requires_grad_()
     loss = (entropy_loss(logits, reduction=reduction, backend=implementation.backend) ** 2).sum()
     (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):

@@ -46,6 +46,7 @@ def test_captured_in_a_cuda_graph(reduction, rows):
     logits = torch.randn(rows, 50_000, device="cuda", requires_grad=True)
     mask = torch.rand(rows, device="cuda") < 0.7
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             logits.grad = None

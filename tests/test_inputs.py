@@ -61,9 +61,26 @@ def test_mask(function, mask, error, message):
         ("1", TypeError, "temperature is a str, expected a float or a torch.Tensor"),
         (True, TypeError, "temperature is a bool, expected a float or a torch.Tensor"),
         (torch.ones(5), ValueError, r"temperature has shape \(5,\), expected one that broadcasts to .* = \(4, 16\)"),
-        (torch.tensor([1.0] * 15 + [-2.0]), ValueError, "temperature has -2, expected values above 0"),
+        (torch.tensor([1.0] * 15 + [-2.0]), ValueError, "temperature has -2, expected finite values above 0"),
+        (torch.tensor([float("inf")] + [1.0] * 15), ValueError, "temperature has inf, expected finite values above 0"),
+        (torch.tensor(float("nan")), ValueError, "temperature has nan, expected finite values above 0"),
+        (torch.tensor(1j), TypeError, "temperature has dtype torch.complex64, expected a float or integer dtype"),
+        (torch.tensor(True), TypeError, "temperature has dtype torch.bool, expected a float or integer dtype"),
     ],
-    ids=["zero", "negative", "nan", "inf", "str", "bool", "shape", "negative in a tensor"],
+    ids=[
+        "zero",
+        "negative",
+        "nan",
+        "inf",
+        "str",
+        "bool",
+        "shape",
+        "negative in a tensor",
+        "inf in a tensor",
+        "nan tensor",
+        "complex tensor",
+        "bool tensor",
+    ],
 )
 def test_temperature(function, temperature, error, message):
     with pytest.raises(error, match=message):

@@ -26,6 +26,7 @@ def check(implementation, logits, target=None, mask=None, upstream=(1.0, 1.0, 1.
     upstream = [None if g is None else g if isinstance(g, torch.Tensor) else torch.full(shape, g) for g in upstream]
     expected, expected_gradient = reference_stats(logits, target, mask, upstream, temperature)
     leaf = logits.detach().requires_grad_()
+    before = logits.detach().clone()
     stats = token_stats(leaf, target, mask=mask, temperature=temperature, backend=implementation.backend)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     assert all(field is None or (field.dtype == dtype and field.shape == shape) for field in stats)
@@ -45,9 +46,13 @@ def check(implementation, logits, target=None, mask=None, upstream=(1.0, 1.0, 1.
         field * g.to(device) for field, g in zip(stats, upstream, strict=True) if field is not None and g is not None
     ]
     sum(field.sum() for field in used).backward()
-    # 1 - p of a log-probability cancels: its rounding is relative to the upstream gradient over the temperature.
+    assert torch.equal(logits.nan_to_num(0.1), before.nan_to_num(0.1)), "the logits were changed"
+    # 1 - p of a log-probability cancels, as do the terms of a variance: their rounding is relative to the upstream
+    # gradient over the temperature. That of the entropy alone is not.
+    only_entropy = all(g is None for g in upstream[1:])
     inv = 1 / temperature
     scale = sum((g.abs() for g in upstream if g is not None), torch.zeros(shape)).to(device) * inv
+    scale = torch.zeros(shape) if only_entropy else scale
     assert_gradient(
         leaf.grad, expected_gradient, logits.dtype, scale=scale, ulps=2 if implementation.interpreted else 1
     )

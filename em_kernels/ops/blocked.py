@@ -109,6 +109,9 @@ def row_gradient(
             out=out,
         )
         return out
+    if target is not None and alpha is not None:
+        target, valid = _valid_target(target, logits.shape[2])
+        alpha = torch.where(valid | masked, alpha, torch.nan)
     for index, z in _blocks(logits, ~masked, out):
         _, u, e = _exponentials(z, inv_tau[index], m[index])
         u -= mean[index].unsqueeze(-1)
@@ -156,14 +159,18 @@ def entropy_with_gradient(
 
 
 def scale_(gradient: Tensor, factor: Tensor) -> Tensor:
-    # Off the CPU the factor's value cannot be looked at without a synchronisation.
-    if factor.device.type != "cpu" or factor.item() != 1:
+    if not _host_sees(factor) or factor.item() != 1:
         gradient.mul_(factor)
     return gradient
 
 
 def _rows(logits: Tensor) -> int:
     return logits.shape[0] * logits.shape[1]
+
+
+def _host_sees(tensor: Tensor) -> bool:
+    """Whether values can be looked at without a device synchronisation."""
+    return tensor.device.type == "cpu"
 
 
 def _runs_compiled(logits: Tensor) -> bool:
@@ -187,10 +194,10 @@ def _exponentials(z: Tensor, inv_tau: Tensor, m: Tensor | None = None) -> tuple[
 def _blocks(logits: Tensor, mask: Tensor | None, out: Tensor | None = None) -> Iterator[tuple[RowIndex, Tensor]]:
     """Blocks of rows with their numbers; the rows left out as masked are zeroed in `out`."""
     outer, inner, vocab = logits.shape
-    on_cpu = logits.device.type == "cpu"
+    host_sees = _host_sees(logits)
     elements = _BLOCK_ELEMENTS.get(logits.device.type, _BLOCK_ELEMENTS_ELSEWHERE)
     rows = max(1, elements // vocab)
-    if mask is not None and on_cpu:
+    if mask is not None and host_sees:
         if out is not None:
             out[(~mask).view(outer, inner)] = 0
         for index in mask.nonzero().squeeze(-1).split(rows):
@@ -213,10 +220,15 @@ def _write_block(out: Tensor, index: RowIndex, block: Tensor) -> None:
         out[index // inner, index % inner] = block.to(out.dtype)
 
 
+def _valid_target(target: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
+    """The target, 0 where it is out of range, as it may be of a masked row; and where it is not."""
+    valid = (target >= 0) & (target < vocab)
+    return torch.where(valid, target, 0), valid
+
+
 def _target_logits(logits: Tensor, target: Tensor) -> Tensor:
     """The target's logit of each row, NaN where the target is out of range."""
     outer, inner, vocab = logits.shape
-    valid = (target >= 0) & (target < vocab)
-    index = torch.where(valid, target, 0).view(outer, inner, 1)
-    z = logits.gather(-1, index).reshape(-1)
+    index, valid = _valid_target(target, vocab)
+    z = logits.gather(-1, index.view(outer, inner, 1)).reshape(-1)
     return torch.where(valid, z.to(new_statistics(logits).dtype), torch.nan)

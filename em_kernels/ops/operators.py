@@ -219,6 +219,7 @@ def _setup_entropy_with_gradient(ctx: Any, inputs: tuple, output: tuple[Tensor, 
     ctx.save_for_backward(output[1])
 
 
+@once_differentiable
 def _backward_entropy_with_gradient(ctx: Any, grad_loss: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     (gradient,) = ctx.saved_tensors
     return (gradient * grad_loss, *[None] * 6)

@@ -4,7 +4,8 @@ A row's weight in the loss, r = scale * weight / divisor, is known before the ro
 
     dL/dz_j = -(r / tau) / s * e^d_j (d_j - a / s)
 
-follows as soon as (m, s, a) are. A row of weight 0 is not read. Arguments that are None count as 1.
+follows as soon as (m, s, a) are. A row of weight 0 is not read. Arguments that are None count as 1, and so
+does a divisor of 0.
 """
 
 import triton
@@ -18,11 +19,9 @@ from em_kernels.ops.triton_statistics_kernels import inverse_temperature, load_p
 def row_scale(weight, divisor, scale, row):
     if weight is not None:
         scale *= tl.load(weight + row).to(tl.float32)
-        # Also where the divisor, the sum of all weights, is 0 too.
-        if scale != 0.0 and divisor is not None:
-            scale /= tl.load(divisor)
-    elif divisor is not None:
-        scale /= tl.load(divisor)
+    if divisor is not None:
+        total = tl.load(divisor)
+        scale /= tl.where(total == 0.0, 1.0, total)
     return scale
 
 

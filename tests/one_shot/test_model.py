@@ -1,7 +1,7 @@
 import importlib.util
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from em_kernels.one_shot import model as model_module
 from em_kernels.one_shot.config import TrainConfig, UsageError
 from em_kernels.one_shot.model import built_in_model, load_model
 from em_kernels.one_shot.prompts import encode_chats
+from em_kernels.one_shot.rollout import sample
 from em_kernels.one_shot.training import train
 
 
@@ -102,11 +103,13 @@ def test_built_in_model_is_converted_once_and_trains(
     # An instruction-tuned model is neither sure nor clueless (log 49152 = 10.8) about what it writes.
     assert 0.01 < metrics["loss"] < metrics["entropy"] < 3
 
-    before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (folder, output / "checkpoint"))
+    before, after = (cast(Any, AutoModelForCausalLM.from_pretrained(path)) for path in (folder, output / "checkpoint"))
     assert sum(parameter.numel() for parameter in after.parameters()) == 134_515_008
     assert after.config.vocab_size == 49_152
     assert not torch.equal(before.lm_head.weight, after.lm_head.weight)
     assert AutoTokenizer.from_pretrained(output / "checkpoint").chat_template
-    question = encode_chats(AutoTokenizer.from_pretrained(folder), ["What is the capital of France?"])
-    answer = before.generate(**question, max_new_tokens=12, do_sample=False)[0]
-    assert "Paris" in AutoTokenizer.from_pretrained(folder).decode(answer)
+
+    model, tokenizer = load_model(None)
+    chats = encode_chats(tokenizer, ["What is the capital of France?"])
+    answer = sample(model, tokenizer, chats, temperature=None, max_new_tokens=12, seed=0, description="")
+    assert "Paris" in tokenizer.decode(answer.completion_ids()[0])

@@ -3,12 +3,13 @@ import gc
 import math
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from em_kernels.one_shot import objective
 from em_kernels.one_shot.config import UsageError
@@ -52,8 +53,15 @@ def _entropy(logits: Tensor, tau: float) -> Tensor:
     return -(logp.exp() * logp).sum(-1)
 
 
-def test_scores_the_distribution_each_token_was_drawn_from(tiny: tuple[Any, Any]) -> None:
+@pytest.mark.parametrize("absolute_positions", [False, True])
+def test_scores_the_distribution_each_token_was_drawn_from(tiny: tuple[Any, Any], absolute_positions: bool) -> None:
     model, tokenizer = tiny
+    if absolute_positions:
+        # Unlike with rotary positions, counting the padding on the left as positions changes the logits.
+        model = cast(Any, GPT2LMHeadModel)(
+            GPT2Config(vocab_size=257, n_positions=64, n_embd=32, n_layer=2, n_head=4, initializer_range=0.3)
+        )
+        model.generation_config.eos_token_id = tokenizer.eos_token_id
     with torch.no_grad():
         model.lm_head.weight[0] *= 2
     chats = encode_chats(tokenizer, ["1+1?", "a longer one", "x"] * 4)

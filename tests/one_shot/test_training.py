@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from matplotlib import image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -138,6 +139,23 @@ def test_prompts_are_taken_in_turn(
     monkeypatch.setattr(training, "encode_chats", lambda t, prompts: asked.append(prompts) or encode_chats(t, prompts))
     train(config, tmp_path / "run")
     assert asked[1:] == [["1", "2", "3", "4", "1", "2"], ["3", "4", "1", "2", "3", "4"]]
+
+
+def test_each_step_draws_anew(
+    finished: tuple[TrainConfig, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Tensor] = []
+    accumulate_gradient = training.accumulate_gradient
+
+    def observed(accelerator: Any, model: Any, rollout: Any, **named: Any) -> Any:
+        drawn.append(rollout.input_ids)
+        return accumulate_gradient(accelerator, model, rollout, **named)
+
+    monkeypatch.setattr(training, "accumulate_gradient", observed)
+    # Two completions of the same prompt by a model that all but stays what it is.
+    config = dataclasses.replace(finished[0], prompts=("2+2?",), steps=2, learning_rate=1e-12, evaluation_size=0)
+    train(config, tmp_path / "run")
+    assert not {tuple(row) for row in drawn[0].tolist()} & {tuple(row) for row in drawn[1].tolist()}
 
 
 @pytest.mark.parametrize("settings", [{"dtype": "bfloat16"}, {"gradient_checkpointing": True}])
@@ -269,6 +287,17 @@ def test_folder_of_something_else_cannot_resume(tiny_config: TrainConfig, tmp_pa
     with pytest.raises(UsageError, match="holds no run to resume"):
         train(tiny_config, tmp_path, resume=True)
     assert _names(tmp_path) == ["thesis.tex"]
+
+
+def test_processes_that_do_not_know_of_each_other(
+    tiny_config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The first of a process finds out about the others; later ones share what it found.
+    Accelerator(mixed_precision="no")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match=r"launched as 2 processes of which Accelerate sees 1; .*ACCELERATE_USE_CPU"):
+        train(tiny_config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_prompt_beyond_the_context_is_seen_before_any_work(tiny_config: TrainConfig, tmp_path: Path) -> None:

@@ -20,21 +20,21 @@ SAMPLES = {
 
 
 @pytest.fixture
-def rows():
+def rows(implementation):
     """Per-row arguments for logits of (2, 3, 20)."""
-    return {
+    values = {
         "mask": torch.tensor([True, False, True, True, True, False]),
         "temperature": torch.rand(6) + 0.5,
         "target": torch.randint(0, 20, (6,)),
-        None: None,
     }
+    return {None: None, **{name: value.to(implementation.device) for name, value in values.items()}}
 
 
 @pytest.mark.parametrize("sample", SAMPLES)
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_opcheck_row_statistics(implementation, rows, sample, requires_grad):
     mask, temperature, common, target, varentropy = SAMPLES[sample]
-    logits = torch.randn(2, 3, 20, requires_grad=requires_grad)
+    logits = torch.randn(2, 3, 20, device=implementation.device, requires_grad=requires_grad)
     torch.library.opcheck(
         operators._row_statistics_op,
         (logits, rows[mask], rows[temperature], common, rows[target], varentropy, implementation.backend),
@@ -43,11 +43,12 @@ def test_opcheck_row_statistics(implementation, rows, sample, requires_grad):
 
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_opcheck_entropy_with_gradient(implementation, rows, requires_grad):
-    logits = torch.randn(2, 3, 20, requires_grad=requires_grad)
+    device = implementation.device
+    logits = torch.randn(2, 3, 20, device=device, requires_grad=requires_grad)
     for weight, divisor, temperature in (
         (None, None, None),
-        (rows["mask"], torch.tensor(4.0), None),
-        (torch.rand(6), torch.tensor(2.5), rows["temperature"]),
+        (rows["mask"], torch.tensor(4.0, device=device), None),
+        (torch.rand(6, device=device), torch.tensor(2.5, device=device), rows["temperature"]),
     ):
         torch.library.opcheck(
             operators._entropy_with_gradient_op,
@@ -56,11 +57,11 @@ def test_opcheck_entropy_with_gradient(implementation, rows, requires_grad):
 
 
 def test_opcheck_row_gradient(implementation, rows):
-    logits = torch.randn(2, 3, 20)
+    logits = torch.randn(2, 3, 20, device=implementation.device)
     *_, varentropy, saved = operators.implementation(implementation.backend).row_statistics(
         logits, rows["mask"], None, 0.7, rows["target"], True
     )
-    upstream = torch.randn(4, 6)
+    upstream = torch.randn(4, 6, device=implementation.device)
     for used in ((True,) * 4, (True, False, False, False), (False, False, True, False)):
         torch.library.opcheck(
             operators._row_gradient_op,
@@ -106,9 +107,10 @@ def fresh_compiler(monkeypatch):
 def test_compiles_whole_with_dynamic_shapes(fresh_compiler, name, backend):
     # aot_eager traces as inductor does, and does not depend on a C++ compiler.
     compiled = torch.compile(FUNCTIONS[name], fullgraph=True, backend="aot_eager")
+    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
     for batch, time in ((2, 3), (2, 5), (3, 7), (4, 9)):
-        logits = torch.randn(batch, time, 40)
-        mask = torch.rand(batch, time) < 0.7
+        logits = torch.randn(batch, time, 40, device=device)
+        mask = torch.rand(batch, time, device=device) < 0.7
         eager_leaf, compiled_leaf = logits.clone().requires_grad_(), logits.clone().requires_grad_()
         expected = FUNCTIONS[name](eager_leaf, mask, 0.7, backend)
         actual = compiled(compiled_leaf, mask, 0.7, backend)
