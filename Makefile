@@ -6,11 +6,11 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test lint bench clean
 
-demo: $(VENV)/ready  ## one-shot entropy minimisation of a real 135M model, about 5 minutes on two cores
+demo: $(VENV)/ready  ## one-shot entropy minimisation of a real 135M model, four minutes on two cores
 	$(BIN)/em-kernels train --preset demo
 
 test: $(VENV)/ready  ## the whole test suite; GPU tests run where there is a GPU
-	$(BIN)/python -m pytest -n 2 --cov --cov-report=term-missing:skip-covered
+	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term-missing:skip-covered
 
 lint: $(VENV)/ready  ## format, lint, types
 	$(BIN)/ruff format --check .

@@ -62,7 +62,7 @@ def table(rows: list[Row]) -> str:
         "Forward + backward of the mean, milliseconds (20th to 80th percentile); memory beyond the logits, the "
         "gradient included; error of the gradient against float64, over the row's largest entry.",
         "",
-        "| logits | | ms | against eager | against a copy | MiB | error |",
+        "| logits | | ms | speed over eager | time over a copy | MiB | error |",
         "|---|---|---|---|---|---|---|",
     ]
     for (dtype, tokens, vocab), members in shown(rows).items():
@@ -73,7 +73,7 @@ def table(rows: list[Row]) -> str:
             if "error" in row:
                 lines.append(f"{start} {row['error'].replace('|', ' ')} | | | | |")
                 continue
-            faster = f"{eager[0]['seconds'] / row['seconds']:.2f}x faster" if eager else ""
+            faster = f"{eager[0]['seconds'] / row['seconds']:.2f}x" if eager else ""
             copy = f"{row['over_copy']:.2f}x" if "over_copy" in row else ""
             memory = f"{row['extra_bytes'] / 2**20:.0f}" if "extra_bytes" in row else ""
             error = "" if row["gradient_error"] is None else f"{row['gradient_error']:.1e}"
