@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from oracles import entropy_gradient
 
 from em_kernels.ops import reference
 
@@ -35,6 +36,22 @@ def test_entropy_gradient_is_the_closed_form(logits):
     (gradient,) = torch.autograd.grad(entropy.sum(), logits)
     logp = (logits / 0.7).log_softmax(-1)
     torch.testing.assert_close(gradient, -logp.exp() * (logp + entropy.unsqueeze(-1)) / 0.7)
+
+
+@pytest.mark.parametrize("temperature", [0.7, torch.tensor([0.3, 1.0, 2.0, 5.0])], ids=["float", "per row"])
+def test_the_gradient_without_cancellation_is_autograds(logits, temperature):
+    with torch.no_grad():
+        logits[1, 3] = -INF
+    (gradient,) = torch.autograd.grad(reference.row_statistics(logits, temperature=temperature).entropy.sum(), logits)
+    torch.testing.assert_close(entropy_gradient(logits.detach(), temperature), gradient, rtol=1e-12, atol=1e-14)
+
+
+def test_the_gradient_without_cancellation_is_exact_in_rows_that_are_all_but_one_hot():
+    # Of two tokens x nats apart it is p q x.
+    x = torch.tensor([1.0, 20.0, 40.0, 300.0], dtype=torch.float64)
+    expected = x.sigmoid() * (-x).sigmoid() * x
+    gradient = entropy_gradient(torch.stack((torch.zeros_like(x), -x), dim=-1))
+    torch.testing.assert_close(gradient, torch.stack((-expected, expected), dim=-1), rtol=1e-13, atol=0)
 
 
 def test_banned_tokens_and_rows_without_a_distribution():
