@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint clean
 
 demo: $(VENV)/ready  ## one-shot entropy minimisation of a real 135M model, four minutes on two cores
 	$(BIN)/em-kernels train --preset demo

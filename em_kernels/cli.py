@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import importlib
 import os
 import platform
 import shlex
@@ -119,12 +120,13 @@ def _train(
 def _import_quietly() -> None:
     """Transformers without its notes on settings that are chosen here on purpose."""
     try:
-        import transformers
+        for package in ("accelerate", "math_verify", "matplotlib", "tqdm", "transformers"):
+            importlib.import_module(package)
     except ImportError as error:
         raise UsageError(
             f"{error.name} is not installed; the command needs pip install 'em_kernels[one-shot]'"
         ) from None
-    transformers.logging.set_verbosity_error()
+    sys.modules["transformers"].logging.set_verbosity_error()
 
 
 def _info() -> None:

@@ -61,12 +61,10 @@ def entropy_loss(
 
     needs_grad = logits.requires_grad and torch.is_grad_enabled()
     writes_in_place = inplace_backward and needs_grad and not operators.must_trace(logits)
-    if writes_in_place and any(
-        size > 1 and stride == 0 for size, stride in zip(logits.shape, logits.stride(), strict=True)
-    ):
+    if writes_in_place and _overlaps(logits):
         raise ValueError(
             "inplace_backward needs logits whose elements have memory of their own, "
-            f"given expanded logits of shape {tuple(logits.shape)} and strides {logits.stride()}"
+            f"given logits of shape {tuple(logits.shape)} and strides {logits.stride()}"
         )
     if writes_in_place and rows.data_ptr() != logits.data_ptr():
         raise ValueError(
@@ -135,6 +133,16 @@ class EntropyLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}, reduction={self.reduction!r}, backend={self.backend!r}"
+
+
+def _overlaps(logits: Tensor) -> bool:
+    """Whether elements may share memory, as those of an expanded tensor do."""
+    reach = 1
+    for stride, size in sorted((stride, size) for size, stride in zip(logits.shape, logits.stride(), strict=True)):
+        if size > 1 and stride < reach:
+            return True
+        reach = max(reach, stride * size)
+    return False
 
 
 def _check_num_items(num_items: int | Tensor, reduction: str, logits: Tensor) -> int | Tensor:

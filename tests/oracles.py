@@ -44,7 +44,7 @@ def entropy_gradient(z: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
 GRADIENT_SHARE = 2e-6
 # Roundings of the exponent d = (z - max z) / tau to 6e-8 of itself: of the difference, of 1 / tau, of the product; in
 # Triton of log2(e) and of its product with 1 / tau too. The compiled kernels split log2(e) / tau in two and have none.
-_EXPONENT_ROUNDINGS = {"pytorch": 3, "pytorch off cpu": 3, "compiled": 0, "triton": 5}
+_EXPONENT_ROUNDINGS = {"pytorch": 3, "pytorch off cpu": 3, "compiled": 2, "triton": 5}
 
 
 def gradient_share(implementation_name: str, logits: Tensor, temperature: Tensor | float = 1.0) -> Tensor:

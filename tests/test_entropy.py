@@ -344,6 +344,12 @@ def test_inplace_backward_refuses_logits_whose_tokens_share_memory(implementatio
         entropy_loss(logits, reduction=reduction, inplace_backward=True, backend=implementation.backend)
 
 
+def test_inplace_backward_refuses_rows_that_overlap(implementation):
+    logits = make_logits(implementation, 29).as_strided((10, 20), (1, 1)).requires_grad_()
+    with pytest.raises(ValueError, match="memory of their own"):
+        entropy_loss(logits, inplace_backward=True, backend=implementation.backend)
+
+
 def test_inplace_backward_refuses_logits_it_would_have_to_copy(implementation):
     logits = make_logits(implementation, 50, 4).T.requires_grad_()
     with pytest.raises(ValueError, match="inplace_backward needs logits"):

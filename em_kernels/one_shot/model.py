@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from em_kernels.one_shot.config import UsageError
@@ -37,7 +38,7 @@ def load_model(name: str | None, *, trust_remote_code: bool = False) -> tuple[An
         model = AutoModelForCausalLM.from_pretrained(
             source, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UsageError(f"model {str(source)!r} cannot be loaded: {reason}") from error
     if tokenizer.pad_token is None:

@@ -22,7 +22,7 @@ def read_prompts(path: Path) -> list[str]:
         raise UsageError(f"prompt file {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if path.suffix in (".jsonl", ".json"):
         prompts = [
-            _question(line, f"{path}, line {i}") for i, line in enumerate(text.splitlines(), start=1) if line.strip()
+            _question(line, f"{path}, line {i}") for i, line in enumerate(text.split("\n"), start=1) if line.strip()
         ]
     else:
         prompts = [text.strip()]

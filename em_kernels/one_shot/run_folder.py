@@ -57,8 +57,14 @@ class RunFolder:
     def _check_same(self, config: TrainConfig) -> None:
         if not self.config.is_file():
             raise UsageError(f"run folder {self.path} is not empty, but holds no run to resume (no config.json)")
-        values = json.loads(self.config.read_text(encoding="utf-8"))["config"]
-        differences = config.differences(TrainConfig(**{**values, "prompts": tuple(values["prompts"])}))
+        try:
+            values = json.loads(self.config.read_text(encoding="utf-8"))["config"]
+            started = TrainConfig(**{**values, "prompts": tuple(values["prompts"])})
+        except (KeyError, TypeError, ValueError):
+            raise UsageError(
+                f"run folder {self.path} is not empty, and its config.json is not of a run of this version"
+            ) from None
+        differences = config.differences(started)
         if differences:
             raise UsageError(f"the run in {self.path} has other settings: {'; '.join(differences)}")
 

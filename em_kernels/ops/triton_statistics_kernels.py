@@ -241,5 +241,8 @@ def row_gradient_kernel(
     gradient = block_gradient(z, m, inv_tau * LOG2_E, mean, constant, linear, quadratic)
     if target is not None:
         alpha = tl.load(coefficients + 3 * plane + row)
-        gradient += tl.where(columns == tl.load(target + row), alpha, 0.0)
+        column = tl.load(target + row)
+        gradient += tl.where(columns == column, alpha, 0.0)
+        # The log-probability of a target that does not exist is NaN, and so is its gradient.
+        gradient = tl.where((column >= 0) & (column < vocab), gradient, float("nan"))
     tl.store(out + columns, gradient.to(out.dtype.element_ty), mask=exists)

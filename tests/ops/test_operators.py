@@ -197,3 +197,16 @@ def test_data_parallel_gradients_are_the_average_of_the_ranks(tmp_path):
     entropy_loss(head(torch.randn(world, 4, 8))).backward()
     assert torch.equal(by_rank[0], by_rank[1])
     torch.testing.assert_close(by_rank[0], head.weight.grad)
+
+
+def test_a_target_that_does_not_exist_makes_its_row_nan(implementation):
+    # Where the values cannot be looked at first, as on a GPU: the public function refuses such a target on the CPU.
+    logits = torch.randn(1, 2, 30, device=implementation.device, requires_grad=True)
+    target = torch.tensor([30, 3], device=implementation.device)
+    *_, logprob, _ = operators.row_statistics(
+        logits, None, None, 1.0, target, varentropy=True, backend=implementation.backend
+    )
+    logprob.sum().backward()
+    assert logprob.isnan().tolist() == [True, False]
+    assert logits.grad[0, 0].isnan().any()
+    assert not logits.grad[0, 1].isnan().any()
