@@ -74,7 +74,7 @@ def _tile(tile: tuple[int, int]) -> Iterator[None]:
 
     table = triton_entropy._resident_row, triton_entropy._streamed_tile
     chosen = triton_entropy._Tile(*tile)
-    triton_entropy._resident_row = lambda row_bytes: chosen
+    triton_entropy._resident_row = lambda row_bytes, itemsize: chosen
     triton_entropy._streamed_tile = lambda logits: chosen
     try:
         yield
@@ -116,7 +116,7 @@ def main() -> None:
         slots = [logits.clone() for _ in range(slots_beyond_cache(logits.nbytes, device))]
         for name, kernel in kernels(logits, out, names).items():
             table = triton_entropy._streamed_tile(logits) if kernel.streamed else None
-            current: tuple[int, int] = table or triton_entropy._resident_row(vocab * dtype.itemsize)
+            current: tuple[int, int] = table or triton_entropy._resident_row(vocab * dtype.itemsize, dtype.itemsize)
             out.fill_(1)
 
             def run(tile: tuple[int, int], slot: int, kernel: Kernel = kernel, slots: list[Tensor] = slots):

@@ -15,7 +15,7 @@ def reference_loss(logits: Tensor, mask: Tensor | None = None, upstream: Tensor 
     options = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in options.items()}
     mask = None if mask is None else mask.cpu()
     loss = reference.entropy_loss(z, mask, **options)
-    # The loss is linear in the entropies: a row of zeros has entropy log V and tells its coefficient.
+    # The loss is linear in the entropies; each one's coefficient is its weight over the divisor.
     weight = torch.ones(z.shape[:-1], dtype=torch.float64)
     if mask is not None:
         weight = mask.double() if mask.is_floating_point() else (mask != 0).double()
@@ -43,7 +43,8 @@ def entropy_gradient(z: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
 # What is promised: a float32 gradient within this share of its row's largest entry.
 GRADIENT_SHARE = 2e-6
 # Roundings of the exponent d = (z - max z) / tau to 6e-8 of itself: of the difference, of 1 / tau, of the product; in
-# Triton of log2(e) and of its product with 1 / tau too. The compiled kernels split log2(e) / tau in two and have none.
+# Triton of log2(e) and of its product with 1 / tau too. The compiled kernels split log2(e) / tau in two, which leaves
+# those of the difference and of 1 / tau.
 _EXPONENT_ROUNDINGS = {"pytorch": 3, "pytorch off cpu": 3, "compiled": 2, "triton": 5}
 
 

@@ -301,6 +301,7 @@ def test_two_tokens_have_the_gradient_of_the_logistic_function(implementation):
     entropy_loss(leaf, temperature=temperature, reduction="sum", backend=implementation.backend).backward()
     assert_gradient(leaf.grad, expected, torch.float32, share=gradient_share(implementation.name, logits, temperature))
     if implementation.name == "compiled":
+        # The maximum is 0, so the difference to it does not round.
         assert_gradient(leaf.grad, expected, torch.float32, share=GRADIENT_SHARE)
 
 
