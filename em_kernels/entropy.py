@@ -151,7 +151,7 @@ def _check_num_items(num_items: int | Tensor, reduction: str, logits: Tensor) ->
     if isinstance(num_items, Tensor):
         if num_items.dim() != 0:
             raise ValueError(f"num_items_in_batch has shape {tuple(num_items.shape)}, expected an int or a 0-d tensor")
-        dtype = inputs.statistics_dtype(logits.dtype)
+        dtype = operators.statistics_dtype(logits.dtype)
         return num_items.detach().to(logits.device, dtype, non_blocking=True)
     if isinstance(num_items, bool) or not isinstance(num_items, (int, torch.SymInt)):
         raise TypeError(f"num_items_in_batch is a {type(num_items).__name__}, expected an int or a 0-d tensor")
@@ -165,6 +165,6 @@ def _mean_divisor(rows: Tensor, weight: Tensor | None, num_items: int | Tensor |
     if isinstance(num_items, Tensor):
         return num_items, 1
     if num_items is None and weight is not None:
-        return weight.sum(dtype=inputs.statistics_dtype(rows.dtype)), 1
+        return weight.sum(dtype=operators.statistics_dtype(rows.dtype)), 1
     count = rows.shape[0] * rows.shape[1] if num_items is None else num_items
     return None, max(count, 1)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from em_kernels.ops import backends
+from em_kernels.ops.operators import statistics_dtype
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -103,10 +104,6 @@ def flatten_temperature(temperature: float | Tensor, logits: Tensor) -> tuple[Te
         scalar = torch.ones((), dtype=dtype, device=logits.device) * temperature
         return scalar.expand(logits.shape[:-1]).reshape(-1).contiguous(), 1.0
     return None, temperature
-
-
-def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _check_per_token(name: str, value: Tensor, logits: Tensor) -> None:

@@ -110,10 +110,11 @@ def test_errors_are_one_line(
     assert message in _error(capsys, *arguments.format(tmp=tmp_path).split())
 
 
+@pytest.mark.parametrize("package", ["transformers", "accelerate", "math_verify", "matplotlib", "tqdm"])
 def test_missing_dependency_says_what_to_install(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, package: str
 ) -> None:
-    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.setitem(sys.modules, package, None)
     assert "pip install 'em_kernels[one-shot]'" in _error(capsys, "train")
 
 

@@ -138,16 +138,14 @@ def _step(
         dtype=config.dtype,
         show_progress=accelerator.is_main_process,
     )
-    gradient_norm: Any = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-    if not math.isfinite(float(gradient_norm)):
-        raise UsageError(
-            f"the gradient's norm is {float(gradient_norm)}: the model has diverged, lower the learning rate"
-        )
+    gradient_norm = float(accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm))
+    if not math.isfinite(gradient_norm):
+        raise UsageError(f"the gradient's norm is {gradient_norm}: the model has diverged, lower the learning rate")
     optimizer.step()
     return {
         "step": step,
         **dataclasses.asdict(stats),
-        "gradient_norm": float(gradient_norm),
+        "gradient_norm": gradient_norm,
         "seconds_generating": round(generated - started, 3),
         "seconds_training": round(time.perf_counter() - generated, 3),
         "peak_memory_gb": round((torch.cuda.max_memory_allocated() if on_cuda else _peak_resident_bytes()) / 1e9, 3),

@@ -144,8 +144,12 @@ def _(logits, *_):
     return new_statistics(logits), new_gradient(logits)
 
 
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def new_statistics(logits: Tensor, *shape: int) -> Tensor:
-    return logits.new_empty(shape, dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    return logits.new_empty(shape, dtype=statistics_dtype(logits.dtype))
 
 
 def new_gradient(logits: Tensor) -> Tensor:

@@ -37,6 +37,16 @@ def test_unknown_model(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_truncated_weights(tiny: tuple[Any, Any], tmp_path: Path) -> None:
+    model, tokenizer = tiny
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UsageError, match="cannot be loaded"):
+        load_model(str(tmp_path))
+
+
 def test_pickled_weights_are_refused(tiny: tuple[Any, Any], tmp_path: Path) -> None:
     model, tokenizer = tiny
     model.save_pretrained(tmp_path)

@@ -16,6 +16,14 @@ def test_json_lines(tmp_path: Path, field: str) -> None:
     assert read_prompts(path) == ["The pressure \\( P \\) …", "Second?\nReally?"]
 
 
+def test_json_lines_end_only_at_line_feeds(tmp_path: Path) -> None:
+    # Raw in a JSON string, these are legal; str.splitlines() breaks at them.
+    text = "a\u2028b\u2029c\x85d"
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"problem": text}, ensure_ascii=False) + "\r\n", encoding="utf-8", newline="")
+    assert read_prompts(path) == [text]
+
+
 def test_text_file_is_one_prompt(tmp_path: Path) -> None:
     path = tmp_path / "prompt.txt"
     path.write_text("Two lines,\n\none prompt.\n")

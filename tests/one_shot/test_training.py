@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 import os
 import resource
 import signal
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from em_kernels.one_shot import training
 from em_kernels.one_shot.config import TrainConfig, UsageError
+from em_kernels.one_shot.model import load_model
 from em_kernels.one_shot.run_folder import RunFolder, default_run_folder
 from em_kernels.one_shot.training import train
 
@@ -183,6 +185,7 @@ import os, signal, torch
 from pathlib import Path
 from em_kernels.one_shot import training, run_folder
 from em_kernels.one_shot.config import TrainConfig
+from em_kernels.one_shot.model import load_model
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
@@ -280,6 +283,31 @@ def test_other_settings_cannot_resume(finished: tuple[TrainConfig, Path]) -> Non
     config, output = finished
     with pytest.raises(UsageError, match=r"other settings: steps: 4, not 5; seed: 0, not 1$"):
         train(dataclasses.replace(config, steps=5, seed=1), output, resume=True)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ['{"model_type": "llama"}', '{"config": {"prompts": ["x"], "unheard_of": 1}}', '{"config": {}}', "[]", "{"],
+    ids=["a model's", "a newer version's", "without prompts", "a list", "not JSON"],
+)
+def test_config_of_something_else_cannot_resume(tiny_config: TrainConfig, tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UsageError, match=r"its config\.json is not of a run of this version"):
+        train(tiny_config, tmp_path, resume=True)
+
+
+def test_diverged_gradient_is_not_stepped(
+    tiny_config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_with_infinite_gradient(*arguments: Any, **options: Any) -> tuple[Any, Any]:
+        model, tokenizer = load_model(*arguments, **options)
+        model.lm_head.weight.register_hook(lambda gradient: gradient * math.inf)
+        return model, tokenizer
+
+    monkeypatch.setattr("em_kernels.one_shot.training.load_model", load_with_infinite_gradient)
+    with pytest.raises(UsageError, match=r"the gradient's norm is (nan|inf): the model has diverged"):
+        train(dataclasses.replace(tiny_config, evaluation_size=0), tmp_path / "run")
+    assert not (tmp_path / "run" / "state.pt").exists()
 
 
 def test_folder_of_something_else_cannot_resume(tiny_config: TrainConfig, tmp_path: Path) -> None:
