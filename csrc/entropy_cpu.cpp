@@ -69,18 +69,22 @@ struct Scale {
   float hi, lo, lowest, inv_tau;
   double inv_tau_exact;
 
-  explicit Scale(double inv) : inv_tau(static_cast<float>(inv)), inv_tau_exact(inv) {
-    constexpr double log2e = 1.4426950408889634;
-    const double c = inv * log2e;
-    hi = static_cast<float>(c);
-    lo = static_cast<float>(c - hi);
+  explicit Scale(double c) : hi(static_cast<float>(c)), lo(static_cast<float>(c - hi)) {
     lowest = static_cast<float>(-127 / c);
+    inv_tau_exact = c * 0.6931471805599453;
+    inv_tau = static_cast<float>(inv_tau_exact);
   }
+
+  static Scale of_temperature(double tau) { return Scale(1.4426950408889634 / tau); }
 };
 
 struct Sums {
   float m;
   double s, a, b;
+
+  // Whether all of a row of n but its maxima may lie more than 28 nats below them, where -a <= n 28 e^-28. The row's
+  // gradient is then the exponential of the next one, in which the rounding of z - m, 6e-8 of it, comes to 1.7e-6.
+  bool all_but_one_hot(int64_t n) const { return -a <= 2e-11 * static_cast<double>(n); }
 };
 
 struct Coefficients {
@@ -133,7 +137,7 @@ namespace {
 
 struct Kernels {
   Sums (*row_sums)(const float*, int64_t, const Scale&, bool);
-  void (*row_gradient)(const float*, int64_t, float, const Scale&, const Coefficients&, float*, bool);
+  void (*row_gradient)(const float*, int64_t, float, const Scale&, const Coefficients&, bool, bool, float*);
 };
 
 constexpr Kernels kKernels[] = {
@@ -206,19 +210,22 @@ bool prepare_large_gradient(const Rows& at, int64_t rows) {
 
 // Arguments that all functions share.
 //   logits        rows of `vocab` float32; row r starts at logits + (r / inner) * outer_stride + (r % inner) * inner_stride.
-//   inv_tau       1 / temperature of each row, or NULL: inv_tau_all is that of every row.
+//   temperature   of each row, or NULL: temperature_all is that of every row.
 //   grad          (rows, vocab), contiguous; or logits itself: each gradient row replaces its logits.
 //   threads       the most threads to use; small inputs stay on the calling thread.
 
 // Sets m, s, a and, unless it is NULL, b of every row; 0 where mask (uint8, may be NULL) is 0, and the row is not read.
 EM_EXPORT void em_row_sums(const float* logits, int64_t inner, int64_t outer_stride, int64_t inner_stride, int64_t rows,
-                           int64_t vocab, const uint8_t* mask, const float* inv_tau, double inv_tau_all, float* m, float* s,
-                           float* a, float* b, int threads) {
+                           int64_t vocab, const uint8_t* mask, const float* temperature, double temperature_all, float* m,
+                           float* s, float* a, float* b, int threads) {
   const Rows at{logits, vocab, inner, outer_stride, inner_stride, nullptr};
   const Kernels& kernels = kKernels[instructions];
   for_each_row(rows, vocab, threads, [&](int64_t r) {
     Sums sums{};
-    if (!mask || mask[r]) sums = kernels.row_sums(at.row(r), vocab, Scale(inv_tau ? inv_tau[r] : inv_tau_all), b != nullptr);
+    if (!mask || mask[r]) {
+      const Scale scale = Scale::of_temperature(temperature ? temperature[r] : temperature_all);
+      sums = kernels.row_sums(at.row(r), vocab, scale, b != nullptr);
+    }
     m[r] = sums.m;
     s[r] = static_cast<float>(sums.s);
     a[r] = static_cast<float>(sums.a);
@@ -226,31 +233,34 @@ EM_EXPORT void em_row_sums(const float* logits, int64_t inner, int64_t outer_str
   });
 }
 
-// grad_j = e^d_j (A + B d_j + C d_j^2) + alpha [j = target] of every row, with m from em_row_sums. A row whose inv_tau is 0
-// is not read and its gradient is 0. C may be NULL; target and alpha are NULL together.
+// grad_j = e^d_j (A + B d_j + C d_j^2) + alpha [j = target] of every row, where d_j = (z_j - m) / temperature, m is that of
+// em_row_sums, and c_hi + c_lo = log2(e) / temperature. A row whose c_hi is 0 is not read and its gradient is 0. C may be
+// NULL; target and alpha are NULL together.
 EM_EXPORT void em_row_gradient(const float* logits, int64_t inner, int64_t outer_stride, int64_t inner_stride, int64_t rows,
-                               int64_t vocab, const float* m, const float* inv_tau, const float* A, const float* B,
-                               const float* C, const int64_t* target, const float* alpha, float* grad, int threads) {
+                               int64_t vocab, const float* m, const float* c_hi, const float* c_lo, const float* A,
+                               const float* B, const float* C, const int64_t* target, const float* alpha, float* grad, int threads) {
   const Rows at{logits, vocab, inner, outer_stride, inner_stride, grad};
   const Kernels& kernels = kKernels[instructions];
   const bool stream = prepare_large_gradient(at, rows);
   for_each_row(rows, vocab, threads, [&](int64_t r) {
     float* const out = at.grad_row(r);
-    if (inv_tau[r] == 0) {
+    if (c_hi[r] == 0) {
       std::fill_n(out, vocab, 0.0f);
       return;
     }
     const bool in_range = !target || (target[r] >= 0 && target[r] < vocab);
     const Coefficients coefficients{in_range ? A[r] : kNaN, B[r], C ? C[r] : 0.0f};
-    kernels.row_gradient(at.row(r), vocab, m[r], Scale(inv_tau[r]), coefficients, out, stream);
+    const Scale scale(static_cast<double>(c_hi[r]) + c_lo[r]);
+    // Whether z - m may be rounded is not known here.
+    kernels.row_gradient(at.row(r), vocab, m[r], scale, coefficients, stream, true, out);
     if (target && in_range) out[target[r]] += alpha[r];
   });
 }
 
 // The entropy of every row, and the gradient of sum_r weight_r H_r. A row whose weight is 0 is not read; both are 0.
 EM_EXPORT void em_entropy_with_gradient(const float* logits, int64_t inner, int64_t outer_stride, int64_t inner_stride,
-                                        int64_t rows, int64_t vocab, const float* weight, const float* inv_tau,
-                                        double inv_tau_all, float* entropy, float* grad, int threads) {
+                                        int64_t rows, int64_t vocab, const float* weight, const float* temperature,
+                                        double temperature_all, float* entropy, float* grad, int threads) {
   const Rows at{logits, vocab, inner, outer_stride, inner_stride, grad};
   const Kernels& kernels = kKernels[instructions];
   const bool stream = prepare_large_gradient(at, rows);
@@ -261,13 +271,13 @@ EM_EXPORT void em_entropy_with_gradient(const float* logits, int64_t inner, int6
       std::fill_n(out, vocab, 0.0f);
       return;
     }
-    const Scale scale(inv_tau ? inv_tau[r] : inv_tau_all);
+    const Scale scale = Scale::of_temperature(temperature ? temperature[r] : temperature_all);
     const Sums sums = kernels.row_sums(at.row(r), vocab, scale, false);
     const double mean = sums.a / sums.s;
     entropy[r] = static_cast<float>(std::log(sums.s) - mean);
     const double factor = weight[r] * scale.inv_tau_exact / sums.s;
     const Coefficients coefficients{static_cast<float>(factor * mean), static_cast<float>(-factor), 0.0f};
-    kernels.row_gradient(at.row(r), vocab, sums.m, scale, coefficients, out, stream);
+    kernels.row_gradient(at.row(r), vocab, sums.m, scale, coefficients, stream, sums.all_but_one_hot(vocab), out);
   });
 }
 
@@ -342,15 +352,21 @@ struct Term {
   Float d, exp;
 };
 
-// d = (z - m) / tau and e^d, for z <= m. e^d is within 2 ulp where it is a normal number, 0 below, NaN for a NaN.
-EM_INLINE Term term(Float z, float m, const Scale& scale) {
+// d = (z - m) / tau and e^d, for z <= m. e^d is within 2 ulp where it is a normal number, 0 below, NaN for a NaN; of the
+// rounded z - m unless `exact`.
+EM_INLINE Term term(Float z, float m, const Scale& scale, bool exact) {
   // Adding 1.5 * 2^23 rounds to an integer n and leaves n in the low bits; 127 more makes them a float's exponent.
   const Float shift = broadcast(12582912.0f + 127.0f);
-  const Float difference = larger(broadcast(scale.lowest), z - m);
+  const Float lowest = broadcast(scale.lowest), rounded = z - m;
+  const Float difference = larger(lowest, rounded);
   const Float shifted = difference * scale.hi + shift;
   const Float n = shifted - shift;
   Float f = fused_multiply_add(difference, broadcast(scale.hi), -n);
   f = fused_multiply_add(difference, broadcast(scale.lo), f);
+  if (exact) {
+    const Float back = rounded - z, lost = (z - (rounded - back)) - (m + back);
+    f = fused_multiply_add(rounded > lowest ? lost : Float{}, broadcast(scale.hi), f);
+  }
   // 2^f on [-1/2, 1/2]: minimax in units in the last place (1.06 of them) with the constant term 1, so that e^0 = 1.
   Float p = 0x1.5aa136p-10f * f + 0x1.3cecc6p-7f;
   p = p * f + 0x1.c6bad0p-5f;
@@ -377,7 +393,7 @@ EM_INLINE float block_maximum(const float* z, int64_t n, float m) {
   return m;
 }
 
-EM_INLINE void add_block(const float* z, int64_t n, const Scale& scale, bool with_b, Sums& sums) {
+EM_INLINE void add_block(const float* z, int64_t n, const Scale& scale, bool with_b, bool exact, Sums& sums) {
   // Lanes sum runs of 8 terms in float32: the one lane whose sum starts with the maximum's 1 rounds all that follows to
   // 2^-24, and the entropy of a row that is almost one-hot is no larger than a few such errors.
   constexpr int64_t kRun = 16 * EM_LANES;
@@ -385,7 +401,7 @@ EM_INLINE void add_block(const float* z, int64_t n, const Scale& scale, bool wit
   for (int64_t start = 0; start < n; start += kRun) {
     Float s[2] = {}, a[2] = {}, b[2] = {};
     const auto add = [&](int k, Float logits) __attribute__((always_inline)) {
-      const Term x = term(logits, sums.m, scale);
+      const Term x = term(logits, sums.m, scale, exact);
       const Float product = x.exp * x.d;
       s[k] += x.exp;
       a[k] += x.exp * x.d;
@@ -410,7 +426,7 @@ EM_INLINE void add_block(const float* z, int64_t n, const Scale& scale, bool wit
   sums.b += sum_lanes(block_b);
 }
 
-Sums row_sums(const float* z, int64_t n, const Scale& scale, bool with_b) {
+EM_INLINE Sums pass(const float* z, int64_t n, const Scale& scale, bool with_b, bool exact) {
   // A finite start, so that -inf in a row's first blocks is as far below it as anywhere else.
   Sums sums{-FLT_MAX, 0, 0, 0};
   for (int64_t i = 0; i < n; i += kBlock) {
@@ -420,20 +436,21 @@ Sums row_sums(const float* z, int64_t n, const Scale& scale, bool with_b) {
       const double D = (static_cast<double>(sums.m) - m) * scale.inv_tau_exact, w = std::exp(D);
       sums = {m, w * sums.s, w * (sums.a + D * sums.s), w * (sums.b + D * (2 * sums.a + D * sums.s))};
     }
-    if (with_b) {
-      add_block(z + i, length, scale, true, sums);
-    } else {
-      add_block(z + i, length, scale, false, sums);
-    }
+    add_block(z + i, length, scale, with_b, exact, sums);
   }
   // The maximum itself adds 1 to s: there was none but -inf if s is 0, a NaN or +inf if it is NaN.
   return sums.s >= 1 ? sums : Sums{kNaN, kNaN, kNaN, kNaN};
 }
 
+Sums row_sums(const float* z, int64_t n, const Scale& scale, bool with_b) {
+  const Sums sums = with_b ? pass(z, n, scale, true, false) : pass(z, n, scale, false, false);
+  return sums.all_but_one_hot(n) ? pass(z, n, scale, true, true) : sums;
+}
+
 EM_INLINE void gradient(const float* z, int64_t n, float m, const Scale& scale, const Coefficients& at, bool quadratic,
-                        bool stream, float* out) {
+                        bool stream, bool exact, float* out) {
   const auto value = [&](Float logits) __attribute__((always_inline)) {
-    const Term x = term(logits, m, scale);
+    const Term x = term(logits, m, scale, exact);
     return x.exp * (quadratic ? at.a + x.d * (at.b + at.c * x.d) : at.a + at.b * x.d);
   };
   const auto first = [&](int64_t i, int64_t count) __attribute__((always_inline)) {
@@ -459,11 +476,17 @@ EM_INLINE void gradient(const float* z, int64_t n, float m, const Scale& scale, 
 #endif
 }
 
-void row_gradient(const float* z, int64_t n, float m, const Scale& scale, const Coefficients& at, float* out, bool stream) {
+void row_gradient(const float* z, int64_t n, float m, const Scale& scale, const Coefficients& at, bool stream, bool exact,
+                  float* out) {
+  // One loop for each choice, made before it.
+  const auto with = [&](bool quadratic, bool streams) __attribute__((always_inline)) {
+    exact ? gradient(z, n, m, scale, at, quadratic, streams, true, out)
+          : gradient(z, n, m, scale, at, quadratic, streams, false, out);
+  };
   if (at.c != 0) {
-    stream ? gradient(z, n, m, scale, at, true, true, out) : gradient(z, n, m, scale, at, true, false, out);
+    stream ? with(true, true) : with(true, false);
   } else {
-    stream ? gradient(z, n, m, scale, at, false, true, out) : gradient(z, n, m, scale, at, false, false, out);
+    stream ? with(false, true) : with(false, false);
   }
 }
 

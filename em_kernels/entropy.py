@@ -31,7 +31,7 @@ def entropy_loss(
         temperature: tau > 0, a float or a tensor that broadcasts to logits.shape[:-1]. No gradient flows to it.
         reduction: "mean", "sum" = sum(w H), or "none" = w H. A mean over no tokens is 0 with a gradient of 0.
         num_items_in_batch: an int or 0-d tensor that replaces sum(w) as the divisor of "mean", for micro-batches of a
-            batch of that many tokens.
+            batch of that many tokens; 0 leaves the sum.
         inplace_backward: write the gradient into the memory of `logits`, which then hold no logits any more: from this
             call on with "mean" and "sum", from backward on with "none" and with float16. Under torch.compile the
             gradient gets memory of its own all the same.
@@ -151,12 +151,14 @@ def _check_num_items(num_items: int | Tensor, reduction: str, logits: Tensor) ->
     if isinstance(num_items, Tensor):
         if num_items.dim() != 0:
             raise ValueError(f"num_items_in_batch has shape {tuple(num_items.shape)}, expected an int or a 0-d tensor")
+        if inputs.values_visible(num_items) and num_items.item() < 0:
+            raise ValueError(f"num_items_in_batch is {num_items.item()}, expected at least 0")
         dtype = operators.statistics_dtype(logits.dtype)
         return num_items.detach().to(logits.device, dtype, non_blocking=True)
     if isinstance(num_items, bool) or not isinstance(num_items, (int, torch.SymInt)):
         raise TypeError(f"num_items_in_batch is a {type(num_items).__name__}, expected an int or a 0-d tensor")
-    if num_items <= 0:
-        raise ValueError(f"num_items_in_batch is {num_items}, expected at least 1")
+    if num_items < 0:
+        raise ValueError(f"num_items_in_batch is {num_items}, expected at least 0")
     return num_items
 
 
@@ -167,4 +169,4 @@ def _mean_divisor(rows: Tensor, weight: Tensor | None, num_items: int | Tensor |
     if num_items is None and weight is not None:
         return weight.sum(dtype=operators.statistics_dtype(rows.dtype)), 1
     count = rows.shape[0] * rows.shape[1] if num_items is None else num_items
-    return None, max(count, 1)
+    return None, count if count != 0 else 1

@@ -10,6 +10,8 @@ from torch import Tensor
 from em_kernels.ops import backends
 from em_kernels.ops.operators import statistics_dtype
 
+# 1 / tau and log2(e) / tau are float32 numbers, with room for the distances between logits they are multiplied with.
+_LOWEST_TEMPERATURE, _HIGHEST_TEMPERATURE = 1e-30, 1e30
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -52,7 +54,7 @@ def flatten_mask(mask: Tensor, logits: Tensor) -> Tensor:
     mask = mask.detach().reshape(-1)
     if not mask.is_floating_point():
         return mask if mask.dtype == torch.bool else mask != 0
-    if _values_visible(mask) and bool((mask < 0).any()):
+    if values_visible(mask) and bool((mask < 0).any()):
         raise ValueError(f"mask has a negative weight ({mask.min().item():g}), expected weights of at least 0")
     return mask.to(statistics_dtype(logits.dtype))
 
@@ -62,7 +64,7 @@ def flatten_target(target: Tensor, logits: Tensor, mask: Tensor | None) -> Tenso
     if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
         raise TypeError(f"target has dtype {target.dtype}, expected an integer dtype")
     target = target.reshape(-1).to(torch.int64)
-    if _values_visible(target):
+    if values_visible(target):
         out_of_range = (target < 0) | (target >= logits.shape[-1])
         if mask is not None:
             out_of_range &= mask
@@ -88,17 +90,17 @@ def flatten_temperature(temperature: float | Tensor, logits: Tensor) -> tuple[Te
                 f"temperature has shape {tuple(temperature.shape)}, "
                 f"expected one that broadcasts to logits.shape[:-1] = {tuple(shape)}"
             ) from None
-        if _values_visible(temperature):
-            accepted = (temperature > 0) & (temperature < float("inf"))
+        if values_visible(temperature):
+            accepted = (temperature >= _LOWEST_TEMPERATURE) & (temperature <= _HIGHEST_TEMPERATURE)
             if not bool(accepted.all()):
                 raise ValueError(
-                    f"temperature has {temperature[~accepted][0].item():g}, expected finite values above 0"
+                    f"temperature has {temperature[~accepted][0].item():g}, expected values above 0 (1e-30 to 1e30)"
                 )
         return expanded.to(logits.device, dtype, non_blocking=True).reshape(-1).contiguous(), 1.0
     if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
         raise TypeError(f"temperature is a {type(temperature).__name__}, expected a float or a torch.Tensor")
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature is {temperature}, expected a finite value above 0")
+    if not _LOWEST_TEMPERATURE <= temperature <= _HIGHEST_TEMPERATURE:
+        raise ValueError(f"temperature is {temperature}, expected a value above 0 (1e-30 to 1e30)")
     if torch.compiler.is_compiling():
         # As an operator's float argument it would be burnt into the graph; a factor of a tensor may change.
         scalar = torch.ones((), dtype=dtype, device=logits.device) * temperature
@@ -117,6 +119,6 @@ def _check_per_token(name: str, value: Tensor, logits: Tensor) -> None:
         raise ValueError(f"{name} is on {value.device}, expected the device of logits, {logits.device}")
 
 
-def _values_visible(tensor: Tensor) -> bool:
+def values_visible(tensor: Tensor) -> bool:
     """Whether the values can be looked at without a device synchronisation or a graph break."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and type(tensor) is Tensor

@@ -1,5 +1,6 @@
 """What all tests share: the implementations under test, and the processors they are tested on."""
 
+import importlib.util
 import os
 
 import torch
@@ -8,6 +9,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import numpy as np
 import pytest
 
 from em_kernels.ops import backends, blocked, native_cpu
@@ -54,6 +56,20 @@ def implementation(request, monkeypatch):
         if reason:
             pytest.skip(reason)
     return this
+
+
+@pytest.fixture(autouse=True, scope="session")
+def interpreter_fuses_multiply_and_add():
+    """The interpreter rounds twice where a GPU rounds once, which is what the kernels use the instruction for."""
+    if importlib.util.find_spec("triton") is None:
+        return
+    from triton.runtime import interpreter
+
+    def create_fma(self, x, y, z):
+        exact = x.data.astype(np.float64) * y.data + z.data
+        return interpreter.TensorHandle(exact.astype(np.float32), z.dtype.scalar)
+
+    interpreter.InterpreterBuilder.create_fma = create_fma
 
 
 @pytest.fixture(autouse=True)

@@ -43,7 +43,7 @@ def load_model(name: str | None, *, trust_remote_code: bool = False) -> tuple[An
         raise UsageError(f"model {str(source)!r} cannot be loaded: {reason}") from error
     if tokenizer.pad_token is None:
         # Which token pads does not matter: no mask is ever derived from it.
-        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return model, tokenizer
 
 

@@ -1,10 +1,10 @@
 """Completions sampled from the model, and the mask of the tokens it generated."""
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -134,7 +134,7 @@ def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
 
 def derive_seed(*parts: int) -> int:
     """A seed for each combination of run, step and rank, unrelated to that of its neighbours."""
-    return int(numpy.random.SeedSequence(parts).generate_state(1)[0])
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little")
 
 
 class _Progress(StoppingCriteria):

@@ -39,32 +39,39 @@ class RunFolder:
         """Makes the folder ready for the run to start or go on; metrics of a step that was not finished are dropped.
 
         Raises:
-            UsageError: the folder is not empty and `resume` is not given, holds no run, or one with other settings.
+            UsageError: the folder is not empty and `resume` is not given, holds no run, or one with other settings or
+                another number of processes.
         """
         if self.path.exists() and any(self.path.iterdir()):
             if not resume:
                 raise UsageError(f"run folder {self.path} is not empty; --resume continues the run in it")
-            self._check_same(config)
+            self._check_same(config, surroundings["processes"])
         self.path.mkdir(parents=True, exist_ok=True)
         remove_unfinished(self.path)
         if not self.config.exists():
             values = {"config": dataclasses.asdict(config), **surroundings}
             write_text(self.config, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
-        if not self.checkpoint.exists():
+        if self.checkpoint.exists():
+            self.state.unlink(missing_ok=True)
+        else:
             lines = self._metrics_lines()[: self.finished_steps()]
             write_text(self.metrics, "".join(f"{line}\n" for line in lines))
 
-    def _check_same(self, config: TrainConfig) -> None:
+    def _check_same(self, config: TrainConfig, processes: int) -> None:
         if not self.config.is_file():
             raise UsageError(f"run folder {self.path} is not empty, but holds no run to resume (no config.json)")
         try:
-            values = json.loads(self.config.read_text(encoding="utf-8"))["config"]
+            written = json.loads(self.config.read_text(encoding="utf-8"))
+            values, started_processes = written["config"], written["processes"]
             started = TrainConfig(**{**values, "prompts": tuple(values["prompts"])})
         except (KeyError, TypeError, ValueError):
             raise UsageError(
                 f"run folder {self.path} is not empty, and its config.json is not of a run of this version"
             ) from None
         differences = config.differences(started)
+        if started_processes != processes:
+            # Each draws completions of its own.
+            differences.append(f"processes: {started_processes}, not {processes}")
         if differences:
             raise UsageError(f"the run in {self.path} has other settings: {'; '.join(differences)}")
 
@@ -81,8 +88,8 @@ class RunFolder:
             torch.save(state, temporary)
 
     def append_metrics(self, values: dict[str, Any]) -> None:
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+        # Written anew: on a full disk, an append can leave half a line.
+        write_text(self.metrics, "".join(f"{line}\n" for line in [*self._metrics_lines(), json.dumps(values)]))
 
     def read_metrics(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self._metrics_lines()]

@@ -8,10 +8,13 @@ and with u = d - E the gradient of any mix of them is (1/tau) [ e^d / s (A + B u
 log s nor lse appears in it, which is what keeps the gradient of an all but one-hot row accurate.
 
 float32 rows on the CPU go through the compiled kernels of `native_cpu` where those were built: they read a row from
-memory once where this reads it from cache four times. Sums are float32 (float64 for float64 logits), exponents are
-clamped rather than selected (see `_centred`), and masked rows are left out of the blocks.
+memory once where this reads it from cache four times. Elsewhere float32 is worked on in float64: the gradient of a row
+all but one-hot is one exponential, whose relative error is the rounding of d. 16-bit logits, whose gradients round more
+coarsely than that, are worked on in float32. Exponents are clamped rather than selected (see `_exponentials`), and
+masked rows are left out of the blocks.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -22,8 +25,8 @@ from em_kernels.ops.operators import new_statistics
 
 # A block and its scratch stay within a core's second-level cache (1 to 2 MB on current server CPUs); on a GPU there is
 # no such reason, only launch overhead to spread and memory to bound.
-_BLOCK_ELEMENTS = {"cpu": 1 << 17}
-_BLOCK_ELEMENTS_ELSEWHERE = 1 << 24
+_BLOCK_BYTES = {"cpu": 1 << 20}
+_BLOCK_BYTES_ELSEWHERE = 1 << 26
 # e^-800 is 0 in float64 and float32, and (-800) e^-800 is 0 where (-inf) * 0 is NaN.
 _LOWEST_EXPONENT = -800.0
 
@@ -39,24 +42,28 @@ def row_statistics(
     varentropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     m, s, a, b = new_statistics(logits, 4, _rows(logits)).zero_()
-    inv_tau = _inverse(m, row_temperature, temperature)
+    scale = _exponent_scale(logits, row_temperature, temperature)
     if _runs_compiled(logits):
-        m, s, a, b = native_cpu.row_sums(logits, mask, inv_tau, second_moment=varentropy)
+        tau = temperature if row_temperature is None else row_temperature
+        m, s, a, b = native_cpu.row_sums(logits, mask, tau, second_moment=varentropy)
     else:
         for index, z in _blocks(logits, mask):
-            m[index], d, e = _exponentials(z, inv_tau[index])
-            s[index] = e.sum(dim=-1)
-            a[index] = e.mul_(d).sum(dim=-1)
+            largest, d, e = _exponentials(z, scale[index])
+            m[index] = largest.to(m.dtype)
+            s[index] = e.sum(dim=-1).to(s.dtype)
+            a[index] = e.mul_(d).sum(dim=-1).to(a.dtype)
             if varentropy:
-                b[index] = e.mul_(d).sum(dim=-1)
+                b[index] = e.mul_(d).sum(dim=-1).to(b.dtype)
 
     mean, log_s = a / s, s.log()
+    inv_tau = (scale * math.log(2)).to(m.dtype)
     entropy, lse = log_s - mean, m * inv_tau + log_s
     variance = (b / s - mean.square()).clamp_(min=0) if varentropy else new_statistics(logits, 0)
     logprob = new_statistics(logits, 0)
     if target is not None:
         logprob = (_target_logits(logits, target) - m) * inv_tau - log_s
-    saved = torch.stack((m, mean, s, inv_tau))
+    scale_hi = scale.to(m.dtype)
+    saved = torch.stack((m, mean, s, scale_hi, (scale - scale_hi).to(m.dtype)))
     if mask is not None:
         for statistic in (entropy, lse, variance, logprob, saved):
             if statistic.numel() > 0:
@@ -76,8 +83,8 @@ def row_gradient(
     out: Tensor,
 ) -> Tensor:
     """Writes the gradient into `out`, which may be the logits themselves, and returns it."""
-    m, mean, s, inv_tau = saved
-    masked = inv_tau == 0
+    m, mean, s, scale_hi, scale_lo = saved
+    masked, inv_tau = scale_hi == 0, scale_hi * math.log(2)
     constant = linear = quadratic = torch.zeros_like(m)
     if grad_entropy is not None:
         linear = linear - grad_entropy
@@ -100,20 +107,23 @@ def row_gradient(
         native_cpu.row_gradient(
             logits,
             m,
-            inv_tau,
+            scale_hi,
+            scale_lo,
             constant,
             linear,
             None if grad_varentropy is None else quadratic,
+            out,
             target=target,
             alpha=alpha,
-            out=out,
         )
         return out
     if target is not None and alpha is not None:
         target, valid = _valid_target(target, logits.shape[2])
         alpha = torch.where(valid | masked, alpha, torch.nan)
+    working = _working_dtype(logits)
+    scale = scale_hi.to(working) + scale_lo
     for index, z in _blocks(logits, ~masked, out):
-        _, u, e = _exponentials(z, inv_tau[index], m[index])
+        _, u, e = _exponentials(z, scale[index], m[index])
         u -= mean[index].unsqueeze(-1)
         polynomial = u * quadratic[index].unsqueeze(-1)
         polynomial += linear[index].unsqueeze(-1)
@@ -121,7 +131,7 @@ def row_gradient(
         polynomial += constant[index].unsqueeze(-1)
         e *= polynomial
         if target is not None and alpha is not None:
-            e.scatter_add_(-1, target[index].unsqueeze(-1), alpha[index].unsqueeze(-1))
+            e.scatter_add_(-1, target[index].unsqueeze(-1), alpha[index].unsqueeze(-1).to(working))
         _write_block(out, index, e)
     return out
 
@@ -137,23 +147,24 @@ def entropy_with_gradient(
 ) -> Tensor:
     """Writes the gradient into `out`, which may be the logits themselves, and returns the loss."""
     entropy = new_statistics(logits, _rows(logits)).zero_()
-    inv_tau = _inverse(entropy, row_temperature, temperature)
     row_scale = torch.full_like(entropy, 1.0 / count)
     if weight is not None:
         row_scale *= weight
     if divisor is not None:
         row_scale /= torch.where(divisor == 0, 1, divisor)
     if _runs_compiled(logits):
-        entropy, _ = native_cpu.entropy_with_gradient(logits, row_scale, inv_tau, out=out)
+        tau = temperature if row_temperature is None else row_temperature
+        entropy = native_cpu.entropy_with_gradient(logits, row_scale, tau, out)
         return (entropy * row_scale).sum()
 
+    scale = _exponent_scale(logits, row_temperature, temperature)
     for index, z in _blocks(logits, row_scale != 0 if weight is not None else None, out):
-        _, d, e = _exponentials(z, inv_tau[index])
+        _, d, e = _exponentials(z, scale[index])
         s = e.sum(dim=-1)
         mean = (d * e).sum(dim=-1) / s
-        entropy[index] = s.log() - mean
+        entropy[index] = (s.log() - mean).to(entropy.dtype)
         e *= d.sub_(mean.unsqueeze(-1))
-        e *= (-row_scale[index] * inv_tau[index] / s).unsqueeze(-1)
+        e *= (-math.log(2) * row_scale[index] * scale[index] / s).unsqueeze(-1)
         _write_block(out, index, e)
     return (entropy * row_scale).sum()
 
@@ -177,17 +188,24 @@ def _runs_compiled(logits: Tensor) -> bool:
     return logits.device.type == "cpu" and logits.dtype == torch.float32 and native_cpu.unavailable_reason() is None
 
 
-def _inverse(like: Tensor, row_temperature: Tensor | None, temperature: float) -> Tensor:
-    return torch.full_like(like, 1.0 / temperature) if row_temperature is None else row_temperature.reciprocal()
+def _working_dtype(logits: Tensor) -> torch.dtype:
+    has_float64 = logits.device.type != "mps"
+    return torch.float64 if logits.element_size() >= 4 and has_float64 else torch.float32
 
 
-def _exponentials(z: Tensor, inv_tau: Tensor, m: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def _exponent_scale(logits: Tensor, row_temperature: Tensor | None, temperature: float) -> Tensor:
+    """log2(e) / tau of each row, in the dtype that is worked in."""
+    working = _working_dtype(logits)
+    if row_temperature is not None:
+        return math.log2(math.e) / row_temperature.to(working)
+    return torch.full((_rows(logits),), math.log2(math.e) / temperature, dtype=working, device=logits.device)
+
+
+def _exponentials(z: Tensor, scale: Tensor, m: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """The row maxima, d and e^d, d and e^d in memory of their own."""
-    z = z.to(inv_tau.dtype)
-    if m is None:
-        m = z.amax(dim=-1)
-    d = z - m.unsqueeze(-1)
-    d.mul_(inv_tau.unsqueeze(-1)).clamp_(min=_LOWEST_EXPONENT)
+    m = z.amax(dim=-1) if m is None else m
+    d = z.to(scale.dtype) - m.unsqueeze(-1)
+    d.mul_((scale * math.log(2)).unsqueeze(-1)).clamp_(min=_LOWEST_EXPONENT)
     return m, d, d.exp()
 
 
@@ -195,8 +213,8 @@ def _blocks(logits: Tensor, mask: Tensor | None, out: Tensor | None = None) -> I
     """Blocks of rows with their numbers; the rows left out as masked are zeroed in `out`."""
     outer, inner, vocab = logits.shape
     host_sees = _host_sees(logits)
-    elements = _BLOCK_ELEMENTS.get(logits.device.type, _BLOCK_ELEMENTS_ELSEWHERE)
-    rows = max(1, elements // vocab)
+    block_bytes = _BLOCK_BYTES.get(logits.device.type, _BLOCK_BYTES_ELSEWHERE)
+    rows = max(1, block_bytes // (vocab * _working_dtype(logits).itemsize))
     if mask is not None and host_sees:
         if out is not None:
             out[(~mask).view(outer, inner)] = 0

@@ -7,7 +7,7 @@ Passes over memory: `row_sums` reads the logits once, `row_gradient` reads them 
 anything but its results.
 
 Logits are (outer, inner, V) float32 with contiguous columns; what is given or returned per row is (outer * inner,)
-float32 and contiguous unless stated otherwise. inv_tau is 1 / temperature: one number, or a tensor with one per row.
+float32 and contiguous unless stated otherwise. The temperature is one number, or a tensor with one per row.
 """
 
 import ctypes
@@ -25,7 +25,7 @@ _POINTER, _INT64 = ctypes.c_void_p, ctypes.c_int64
 _ROWS = (_POINTER, _INT64, _INT64, _INT64, _INT64, _INT64)
 _SIGNATURES = {
     "em_row_sums": (*_ROWS, _POINTER, _POINTER, ctypes.c_double, *(_POINTER,) * 4, ctypes.c_int),
-    "em_row_gradient": (*_ROWS, *(_POINTER,) * 8, ctypes.c_int),
+    "em_row_gradient": (*_ROWS, *(_POINTER,) * 9, ctypes.c_int),
     "em_entropy_with_gradient": (*_ROWS, _POINTER, _POINTER, ctypes.c_double, _POINTER, _POINTER, ctypes.c_int),
 }
 
@@ -37,14 +37,14 @@ def unavailable_reason() -> str | None:
 
 
 def row_sums(
-    logits: Tensor, mask: Tensor | None, inv_tau: Tensor | float, *, second_moment: bool = False
+    logits: Tensor, mask: Tensor | None, temperature: Tensor | float, *, second_moment: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The maximum m of each row and, with d = (z - m) inv_tau, s = sum e^d, a = sum d e^d and b = sum d^2 e^d.
+    """The maximum m of each row and, with d = (z - m) / temperature, s = sum e^d, a = sum d e^d, b = sum d^2 e^d.
 
     Args:
         logits: (outer, inner, V).
         mask: (rows,), bool; False marks a row that is not read and whose results are 0. None keeps every row.
-        inv_tau: a float or (rows,).
+        temperature: a float or (rows,).
         second_moment: whether b is wanted; None is returned in its place if not.
 
     Returns:
@@ -53,67 +53,56 @@ def row_sums(
     rows = logits.shape[0] * logits.shape[1]
     m, s, a = (logits.new_empty(rows) for _ in range(3))
     b = logits.new_empty(rows) if second_moment else None
-    _call("em_row_sums", logits, mask, *_temperatures(inv_tau), m, s, a, b)
+    _call("em_row_sums", logits, mask, *_row_or_common(temperature), m, s, a, b)
     return m, s, a, b
 
 
 def row_gradient(
     logits: Tensor,
     m: Tensor,
-    inv_tau: Tensor,
+    scale_hi: Tensor,
+    scale_lo: Tensor,
     A: Tensor,
     B: Tensor,
-    C: Tensor | None = None,
+    C: Tensor | None,
+    out: Tensor,
     *,
     target: Tensor | None = None,
     alpha: Tensor | None = None,
-    out: Tensor | None = None,
-) -> Tensor:
-    """The gradient e^d (A + B d + C d^2) + alpha [j = target] of each row, with d = (z - m) inv_tau.
+) -> None:
+    """Writes the gradient e^d (A + B d + C d^2) + alpha [j = target] of each row, with d = (z - m) / temperature.
 
     Args:
         logits: (outer, inner, V).
         m: (rows,), the row's maximum, as from `row_sums`.
-        inv_tau: (rows,); 0 marks a row that is not read and whose gradient is 0.
+        scale_hi, scale_lo: (rows,), log2(e) / temperature as a sum of two; a row whose scale_hi is 0 is not read, and
+            its gradient is 0.
         A, B, C: (rows,); C may be None for 0.
+        out: where to write the gradient, (outer, inner, V), contiguous or the logits' own memory.
         target, alpha: (rows,), int64 and float32, or both None. A target outside [0, V) makes its row NaN.
-        out: where to write the gradient, contiguous or the logits' own memory; None allocates it.
-
-    Returns:
-        (outer, inner, V), out if given.
     """
-    out = _empty_gradient(logits) if out is None else out
-    _call("em_row_gradient", logits, m, inv_tau, A, B, C, target, alpha, out)
-    return out
+    _call("em_row_gradient", logits, m, scale_hi, scale_lo, A, B, C, target, alpha, out)
 
 
-def entropy_with_gradient(
-    logits: Tensor, weight: Tensor, inv_tau: Tensor | float, *, out: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """The entropy H of each row and the gradient of sum_r weight_r H_r.
+def entropy_with_gradient(logits: Tensor, weight: Tensor, temperature: Tensor | float, out: Tensor) -> Tensor:
+    """The entropy H of each row; writes the gradient of sum_r weight_r H_r.
 
     Args:
         logits: (outer, inner, V).
         weight: (rows,); 0 marks a row that is not read, and whose entropy and gradient are 0.
-        inv_tau: a float or (rows,).
-        out: where to write the gradient, contiguous or the logits' own memory; None allocates it.
+        temperature: a float or (rows,).
+        out: where to write the gradient, (outer, inner, V), contiguous or the logits' own memory.
 
     Returns:
-        H, (rows,), not multiplied by the weight, and the gradient, (outer, inner, V), out if given. Both NaN for a row
-        of all -inf or with a NaN or +inf.
+        H, (rows,), not multiplied by the weight. Both NaN for a row of all -inf or with a NaN or +inf.
     """
-    out = _empty_gradient(logits) if out is None else out
     entropy = logits.new_empty(logits.shape[0] * logits.shape[1])
-    _call("em_entropy_with_gradient", logits, weight, *_temperatures(inv_tau), entropy, out)
-    return entropy, out
+    _call("em_entropy_with_gradient", logits, weight, *_row_or_common(temperature), entropy, out)
+    return entropy
 
 
-def _empty_gradient(logits: Tensor) -> Tensor:
-    return torch.empty_like(logits, memory_format=torch.contiguous_format)
-
-
-def _temperatures(inv_tau: Tensor | float) -> tuple[Tensor | None, float]:
-    return (inv_tau, math.nan) if isinstance(inv_tau, Tensor) else (None, inv_tau)
+def _row_or_common(temperature: Tensor | float) -> tuple[Tensor | None, float]:
+    return (temperature, math.nan) if isinstance(temperature, Tensor) else (None, temperature)
 
 
 def _call(function: str, logits: Tensor, *arguments: Tensor | float | None) -> None:

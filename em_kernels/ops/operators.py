@@ -68,6 +68,13 @@ def entropy_with_gradient(
 
 
 def must_trace(logits: Tensor) -> bool:
+    """Whether a call must go through the registered operators.
+
+    Raises:
+        RuntimeError: under a transform of torch.func.
+    """
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise RuntimeError("em_kernels does not run under torch.func's transforms (vmap, grad, jvp, ...)")
     return torch.compiler.is_compiling() or type(logits) not in (Tensor, torch.nn.Parameter)
 
 
@@ -84,7 +91,8 @@ def _row_statistics_op(
     varentropy: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The fifth result is what backward needs of each row: (4, rows) of max, mean of d, sum of e^d, 1 / temperature."""
+    """The fifth result is what backward needs of each row, (5, rows): max, mean of d, sum of e^d, and log2(e) / tau as
+    the sum of two numbers, both 0 of a masked row."""
     return implementation(backend).row_statistics(logits, mask, row_temperature, temperature, target, varentropy)
 
 
@@ -96,7 +104,7 @@ def _(logits, mask, row_temperature, temperature, target, varentropy, backend):
         new_statistics(logits, rows),
         new_statistics(logits, 0 if target is None else rows),
         new_statistics(logits, rows if varentropy else 0),
-        new_statistics(logits, 4, rows),
+        new_statistics(logits, 5, rows),
     )
 
 
@@ -179,6 +187,7 @@ class _RowStatistics(torch.autograd.Function):
         logits, saved, varentropy, target = ctx.saved_tensors
         # A statistic that was not asked for is empty, and so is its gradient.
         upstream = tuple(None if g is None or g.numel() == 0 else g for g in upstream[:4])
+        _refuse_batched(*upstream)
         arguments = (logits, saved, varentropy, target, *upstream)
         if must_trace(logits):
             gradient = _row_gradient_op(*arguments, ctx.backend)
@@ -210,6 +219,7 @@ class _EntropyWithGradient(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
+        _refuse_batched(grad_loss)
         # Only a graph that is run again needs the unscaled gradient again.
         if torch._C._autograd._get_current_graph_task_keep_graph():
             gradient = gradient.clone()
@@ -227,6 +237,13 @@ def _setup_entropy_with_gradient(ctx: Any, inputs: tuple, output: tuple[Tensor, 
 def _backward_entropy_with_gradient(ctx: Any, grad_loss: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     (gradient,) = ctx.saved_tensors
     return (gradient * grad_loss, *[None] * 6)
+
+
+def _refuse_batched(*upstream: Tensor | None) -> None:
+    if not torch.compiler.is_compiling() and any(
+        g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in upstream
+    ):
+        raise RuntimeError("em_kernels has no backward with is_grads_batched=True; call it once for each gradient")
 
 
 _row_statistics_op.register_autograd(_RowStatistics.backward, setup_context=_RowStatistics.setup_context)

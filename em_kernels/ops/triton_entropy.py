@@ -5,14 +5,16 @@
                             device memory.
                             few long rows: `partial_sums_kernel` and `split_gradient_kernel`, a row split over programs.
     row_statistics          `partial_sums_kernel` (rows split over programs where they are few), `finish_kernel`: one
-                            read. Saved for backward: the logits, and (4, rows) float32.
+                            read. Saved for backward: the logits, and (5, rows) float32.
     row_gradient            `coefficients_kernel`, `row_gradient_kernel`: one read, one write.
     scale_                  `scale_kernel`: nothing where the factor is 1, which it reads on the device.
 
 All sums are float32, logits float32, bfloat16 or float16. Reductions have a fixed order: results repeat bit for bit.
 """
 
+import ctypes
 import functools
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -54,9 +56,10 @@ class _Tile(NamedTuple):
 def _streamed_tile(logits: Tensor) -> _Tile:
     """The tile of kernels with one pass and nothing to keep in cache: many small programs."""
     outer, inner, vocab = logits.shape
-    wide = _Tile(threads=256, unroll=4)
+    # Four programs a multiprocessor, of 64 registers a thread, have 32 KB in flight: 4.8 TB/s for 900 ns of latency.
+    wide = _Tile(threads=256, unroll=2)
     programs = outer * inner * triton.cdiv(vocab, wide.columns(logits.dtype))
-    # Too few to go round, when a row or a few are monitored: a quarter of the work each, four times as many.
+    # Too few to go round, when a row or a few are monitored: half of the work each, twice as many.
     return wide if programs >= _multiprocessors(logits.device) else _Tile(threads=256, unroll=1)
 
 
@@ -69,8 +72,8 @@ def _resident_row(row_bytes: int, itemsize: int) -> _Tile:
         return _Tile(threads=128, unroll=2)  # a tile or two a row: more warps would only wait for each other
     if row_bytes <= 128 << 10:
         return _Tile(threads=512, unroll=2)  # two rows a multiprocessor: at 128 KB a row, 34 MB
-    # One row a multiprocessor: at 304 KB a row, 40 MB. float32 has half as many elements in a load, and twice the loads
-    # take it, too, past the 32 registers a thread at which a second program would fit.
+    # One row a multiprocessor, for more than 32 registers a thread keep a second program out: at 304 KB a row, 40 MB.
+    # float32 has half as many elements in a load, so twice the loads; it takes 32 registers, and two rows fit.
     return _Tile(threads=1024, unroll=2 if itemsize == 2 else 4)
 
 
@@ -86,7 +89,7 @@ def row_statistics(
     entropy, lse = new_statistics(logits, rows), new_statistics(logits, rows)
     logprob = new_statistics(logits, 0 if target is None else rows)
     variance = new_statistics(logits, rows if varentropy else 0)
-    saved = new_statistics(logits, 4, rows)
+    saved = new_statistics(logits, 5, rows)
     if rows == 0:
         return entropy, lse, logprob, variance, saved
     mask = None if mask is None else mask.view(torch.uint8)
@@ -106,7 +109,7 @@ def row_statistics(
             **_addressing(logits),
             rows=rows,
             splits=partials.shape[2],
-            inv_temperature=1.0 / temperature,
+            **_exponent_scale(temperature),
             MAX_SPLITS=_MAX_SPLITS,
             num_warps=1,
         )
@@ -184,7 +187,7 @@ def entropy_with_gradient(
         **_addressing(logits),
         **_addressing(out, "out_"),
         "scale": 1.0 / count,
-        "inv_temperature": 1.0 / temperature,
+        **_exponent_scale(temperature),
     }
     with _on_device(logits):
         row_bytes = vocab * logits.element_size()
@@ -232,7 +235,7 @@ def scale_(gradient: Tensor, factor: Tensor) -> Tensor:
 def _partial_sums(
     logits: Tensor, mask: Tensor | None, row_temperature: Tensor | None, temperature: float, squares: bool
 ) -> Tensor:
-    """(4, rows, splits): the partials of each row, left unwritten where masked."""
+    """(3 or, with squares, 4, rows, splits): the partials of each row, left unwritten where masked."""
     outer, inner, vocab = logits.shape
     rows = outer * inner
     tile = _streamed_tile(logits)
@@ -241,7 +244,7 @@ def _partial_sums(
     tiles = triton.cdiv(vocab, tile_columns)
     tiles_per_split = triton.cdiv(tiles, min(wanted, _MAX_SPLITS, tiles))
     splits = triton.cdiv(tiles, tiles_per_split)
-    partials = new_statistics(logits, 4, rows, splits)
+    partials = new_statistics(logits, 4 if squares else 3, rows, splits)
     triton_statistics_kernels.partial_sums_kernel[(rows, splits)](
         logits,
         mask,
@@ -251,16 +254,25 @@ def _partial_sums(
         rows=rows,
         splits=splits,
         split_columns=tiles_per_split * tile_columns,
-        inv_temperature=1.0 / temperature,
+        **_exponent_scale(temperature),
         SQUARES=squares,
         **tile.arguments(logits.dtype),
     )
     return partials
 
 
+def _exponent_scale(temperature: float) -> dict[str, float]:
+    """log2(e) / temperature as the sum of two float32, more than its rounding to one: see `triton_arithmetic`."""
+    scale = math.log2(math.e) / temperature
+    hi = ctypes.c_float(scale).value
+    return {"common_hi": hi, "common_lo": scale - hi}
+
+
 def _addressing(logits: Tensor, prefix: str = "") -> dict[str, int]:
     """Where rows lie; all but the strides is the same of the logits and of what is written beside them."""
-    strides = {f"{prefix}outer_stride": logits.stride(0), f"{prefix}inner_stride": logits.stride(1)}
+    # The stride of a dimension of one says nothing, and would only have kernels compiled for its bits.
+    outer_stride = logits.stride(0) if logits.shape[0] > 1 else 0
+    strides = {f"{prefix}outer_stride": outer_stride, f"{prefix}inner_stride": logits.stride(1)}
     return strides if prefix else {"inner": logits.shape[1], "vocab": logits.shape[2], **strides}
 
 

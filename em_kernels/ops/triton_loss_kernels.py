@@ -11,8 +11,8 @@ does a divisor of 0.
 import triton
 import triton.language as tl
 
-from em_kernels.ops.triton_arithmetic import LOG2_E, LOG_2, block_gradient, entropy_of, row_offset, tile_columns
-from em_kernels.ops.triton_statistics_kernels import inverse_temperature, load_partials, row_partial
+from em_kernels.ops.triton_arithmetic import LOG_2, block_gradient, entropy_of, exponent_scale, row_offset, tile_columns
+from em_kernels.ops.triton_statistics_kernels import load_partials, row_partial
 
 
 @triton.jit
@@ -40,7 +40,8 @@ def entropy_gradient_kernel(
     out_outer_stride,
     out_inner_stride,
     scale,
-    inv_temperature,
+    common_hi,
+    common_lo,
     LANES: tl.constexpr,
     UNROLL: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -57,15 +58,16 @@ def entropy_gradient_kernel(
             columns = tile_columns(start, LANES, UNROLL, VECTOR)
             tl.store(out + columns, tl.zeros([UNROLL, LANES, VECTOR], out.dtype.element_ty), mask=columns < vocab)
         return
-    inv_tau = inverse_temperature(row_temperature, inv_temperature, row)
-    m, s, a, _ = row_partial(logits, 0, vocab, inv_tau * LOG2_E, False, LANES, UNROLL, VECTOR)
+    scale_hi, scale_lo = exponent_scale(row_temperature, common_hi, common_lo, row)
+    m, s, a, _ = row_partial(logits, 0, vocab, scale_hi, scale_lo, False, LANES, UNROLL, VECTOR)
     tl.store(losses + row, scale * entropy_of(s, a))
-    linear = -scale * inv_tau * LOG_2 / s
+    # 1 / tau = c log 2; and log 2 again, as d is in units of it.
+    linear = -scale * scale_hi * (LOG_2 * LOG_2) / s
     # From the end of the row back: what was read last is what the caches still hold.
     for i in range(0, tl.cdiv(vocab, TILE)):
         columns = tile_columns((tl.cdiv(vocab, TILE) - 1 - i) * TILE, LANES, UNROLL, VECTOR)
         z = tl.load(logits + columns, mask=columns < vocab, other=-float("inf"), eviction_policy="evict_first")
-        gradient = block_gradient(z.to(tl.float32), m, inv_tau * LOG2_E, a / s, 0.0, linear, None)
+        gradient = block_gradient(z, m, scale_hi, scale_lo, a / s, 0.0, linear, None)
         tl.store(out + columns, gradient.to(out.dtype.element_ty), mask=columns < vocab, cache_modifier=".cs")
 
 
@@ -85,7 +87,8 @@ def split_gradient_kernel(
     out_outer_stride,
     out_inner_stride,
     scale,
-    inv_temperature,
+    common_hi,
+    common_lo,
     splits,
     MAX_SPLITS: tl.constexpr,
     LANES: tl.constexpr,
@@ -104,13 +107,14 @@ def split_gradient_kernel(
             tl.store(losses + row, 0.0)
         tl.store(out + columns, tl.zeros([UNROLL, LANES, VECTOR], out.dtype.element_ty), mask=exists)
         return
-    inv_tau = inverse_temperature(row_temperature, inv_temperature, row)
-    m, s, a, _ = load_partials(partials, row, tl.num_programs(0), splits, inv_tau * LOG2_E, MAX_SPLITS)
+    scale_hi, scale_lo = exponent_scale(row_temperature, common_hi, common_lo, row)
+    m, s, a, _ = load_partials(partials, row, tl.num_programs(0), splits, scale_hi, scale_lo, False, MAX_SPLITS)
     if block == 0:
         tl.store(losses + row, scale * entropy_of(s, a))
     logits += row_offset(row, inner, outer_stride, inner_stride)
-    z = tl.load(logits + columns, mask=exists, other=-float("inf")).to(tl.float32)
-    gradient = block_gradient(z, m, inv_tau * LOG2_E, a / s, 0.0, -scale * inv_tau * LOG_2 / s, None)
+    z = tl.load(logits + columns, mask=exists, other=-float("inf"))
+    linear = -scale * scale_hi * (LOG_2 * LOG_2) / s
+    gradient = block_gradient(z, m, scale_hi, scale_lo, a / s, 0.0, linear, None)
     tl.store(out + columns, gradient.to(out.dtype.element_ty), mask=exists)
 
 

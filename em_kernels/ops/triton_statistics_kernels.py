@@ -14,6 +14,7 @@ from em_kernels.ops.triton_arithmetic import (
     block_gradient,
     empty_partials,
     entropy_of,
+    exponent_scale,
     row_offset,
     tile_columns,
     unite,
@@ -21,30 +22,29 @@ from em_kernels.ops.triton_arithmetic import (
 
 
 @triton.jit
-def inverse_temperature(row_temperature, inv_temperature, row):
-    """1 / tau of a row."""
-    if row_temperature is None:
-        return inv_temperature
-    else:
-        return 1.0 / tl.load(row_temperature + row)
-
-
-@triton.jit
 def row_partial(
-    logits, start, stop, inv_tau, SQUARES: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr, VECTOR: tl.constexpr
+    logits,
+    start,
+    stop,
+    scale_hi,
+    scale_lo,
+    SQUARES: tl.constexpr,
+    LANES: tl.constexpr,
+    UNROLL: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):
     """The partial (m, s, a, b) of columns [start, stop) of the row at `logits`."""
     m, s, a, b = empty_partials(LANES)
     for column in range(start, stop, LANES * UNROLL * VECTOR):
         columns = tile_columns(column, LANES, UNROLL, VECTOR)
-        z = tl.load(logits + columns, mask=columns < stop, other=-float("inf")).to(tl.float32)
-        m, s, a, b = accumulate(m, s, a, b, z, inv_tau, SQUARES)
-    return unite(m, s, a, b, inv_tau)
+        z = tl.load(logits + columns, mask=columns < stop, other=-float("inf"))
+        m, s, a, b = accumulate(m, s, a, b, z, scale_hi, scale_lo, SQUARES)
+    return unite(m.to(logits.dtype.element_ty), s, a, b, scale_hi, scale_lo)
 
 
 @triton.jit
-def load_partials(partials, row, rows, splits, inv_tau, MAX_SPLITS: tl.constexpr):
-    """The partial of a row from those of its splits, stored as (4, rows, splits)."""
+def load_partials(partials, row, rows, splits, scale_hi, scale_lo, SQUARES: tl.constexpr, MAX_SPLITS: tl.constexpr):
+    """The partial of a row from those of its splits, stored as (3 or, where SQUARES, 4, rows, splits)."""
     split = tl.arange(0, MAX_SPLITS)
     present = split < splits
     partials += row * splits + split
@@ -52,8 +52,10 @@ def load_partials(partials, row, rows, splits, inv_tau, MAX_SPLITS: tl.constexpr
     m = tl.load(partials, mask=present, other=-float("inf"))
     s = tl.load(partials + plane, mask=present, other=0.0)
     a = tl.load(partials + 2 * plane, mask=present, other=0.0)
-    b = tl.load(partials + 3 * plane, mask=present, other=0.0)
-    return unite(m, s, a, b, inv_tau)
+    b = a
+    if SQUARES:
+        b = tl.load(partials + 3 * plane, mask=present, other=0.0)
+    return unite(m, s, a, b, scale_hi, scale_lo)
 
 
 @triton.jit(do_not_specialize=["inner", "rows", "splits", "split_columns"])
@@ -69,7 +71,8 @@ def partial_sums_kernel(
     rows,
     splits,
     split_columns,
-    inv_temperature,
+    common_hi,
+    common_lo,
     SQUARES: tl.constexpr,
     LANES: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -80,17 +83,18 @@ def partial_sums_kernel(
     if mask is not None:
         if tl.load(mask + row) == 0:
             return
-    inv_tau = inverse_temperature(row_temperature, inv_temperature, row) * LOG2_E
+    scale_hi, scale_lo = exponent_scale(row_temperature, common_hi, common_lo, row)
     start = split * split_columns
     stop = tl.minimum(start + split_columns, vocab)
     logits += row_offset(row, inner, outer_stride, inner_stride)
-    m, s, a, b = row_partial(logits, start, stop, inv_tau, SQUARES, LANES, UNROLL, VECTOR)
+    m, s, a, b = row_partial(logits, start, stop, scale_hi, scale_lo, SQUARES, LANES, UNROLL, VECTOR)
     partials += row * splits + split
     plane = rows.to(tl.int64) * splits
     tl.store(partials, m)
     tl.store(partials + plane, s)
     tl.store(partials + 2 * plane, a)
-    tl.store(partials + 3 * plane, b)
+    if SQUARES:
+        tl.store(partials + 3 * plane, b)
 
 
 @triton.jit(do_not_specialize=["inner", "rows", "splits"])
@@ -111,10 +115,11 @@ def finish_kernel(
     inner_stride,
     rows,
     splits,
-    inv_temperature,
+    common_hi,
+    common_lo,
     MAX_SPLITS: tl.constexpr,
 ):
-    """Statistics of a row, and what its gradient needs: (m, E, s, 1 / tau), with 1 / tau = 0 of a masked row."""
+    """Statistics of a row, and what its gradient needs: (m, E, s) and log2(e) / tau in two parts, 0 of a masked row."""
     row = tl.program_id(0).to(tl.int64)
     plane = rows.to(tl.int64)
     if mask is not None:
@@ -125,12 +130,12 @@ def finish_kernel(
                 tl.store(logprob + row, 0.0)
             if varentropy is not None:
                 tl.store(varentropy + row, 0.0)
-            for i in tl.static_range(4):
+            for i in tl.static_range(5):
                 tl.store(saved + i * plane + row, 0.0)
             return
-    inv_tau = inverse_temperature(row_temperature, inv_temperature, row)
-    m, s, a, b = load_partials(partials, row, rows, splits, inv_tau * LOG2_E, MAX_SPLITS)
-    mean = a / s
+    scale_hi, scale_lo = exponent_scale(row_temperature, common_hi, common_lo, row)
+    m, s, a, b = load_partials(partials, row, rows, splits, scale_hi, scale_lo, varentropy is not None, MAX_SPLITS)
+    mean, inv_tau = a / s, scale_hi * LOG_2
     # A row of all -inf is empty, and its lse would be -inf, which is not NaN.
     log_s = tl.where(s == 0.0, float("nan"), tl.log2(s) * LOG_2)
     tl.store(entropy + row, entropy_of(s, a))
@@ -141,7 +146,7 @@ def finish_kernel(
         z = tl.load(
             logits + row_offset(row, inner, outer_stride, inner_stride) + column, mask=exists, other=float("nan")
         )
-        # Not `centred`: the log-probability of a banned token is -inf.
+        # Not `exponential`'s d: the log-probability of a banned token is -inf.
         tl.store(logprob + row, (z.to(tl.float32) - m) * inv_tau - log_s)
     if varentropy is not None:
         variance = (b / s - mean * mean) * (LOG_2 * LOG_2)
@@ -149,7 +154,8 @@ def finish_kernel(
     tl.store(saved + row, m)
     tl.store(saved + plane + row, mean * LOG_2)
     tl.store(saved + 2 * plane + row, s)
-    tl.store(saved + 3 * plane + row, inv_tau)
+    tl.store(saved + 3 * plane + row, scale_hi)
+    tl.store(saved + 4 * plane + row, scale_lo)
 
 
 @triton.jit(do_not_specialize=["entropy_stride", "lse_stride", "logprob_stride", "varentropy_stride", "rows"])
@@ -180,7 +186,7 @@ def coefficients_kernel(
     exists = row < rows
     plane = rows.to(tl.int64)
     s = tl.load(saved + 2 * plane + row, mask=exists, other=1.0)
-    inv_tau = tl.load(saved + 3 * plane + row, mask=exists, other=0.0)
+    inv_tau = tl.load(saved + 3 * plane + row, mask=exists, other=0.0) * LOG_2
     kept = exists & (inv_tau != 0)
     constant = tl.zeros([BLOCK], tl.float32)
     linear = tl.zeros([BLOCK], tl.float32)
@@ -227,18 +233,19 @@ def row_gradient_kernel(
     columns = tile_columns(tl.program_id(1) * (LANES * UNROLL * VECTOR), LANES, UNROLL, VECTOR)
     exists = columns < vocab
     out += row_offset(row, inner, out_outer_stride, out_inner_stride)
-    inv_tau = tl.load(saved + 3 * plane + row)
-    if inv_tau == 0:
+    scale_hi = tl.load(saved + 3 * plane + row)
+    if scale_hi == 0:
         tl.store(out + columns, tl.zeros([UNROLL, LANES, VECTOR], out.dtype.element_ty), mask=exists)
         return
+    scale_lo = tl.load(saved + 4 * plane + row)
     m = tl.load(saved + row)
     mean = tl.load(saved + plane + row) * LOG2_E
     constant = tl.load(coefficients + row)
     linear = tl.load(coefficients + plane + row) * LOG_2
     quadratic = tl.load(coefficients + 2 * plane + row) * (LOG_2 * LOG_2)
     logits += row_offset(row, inner, outer_stride, inner_stride)
-    z = tl.load(logits + columns, mask=exists, other=-float("inf")).to(tl.float32)
-    gradient = block_gradient(z, m, inv_tau * LOG2_E, mean, constant, linear, quadratic)
+    z = tl.load(logits + columns, mask=exists, other=-float("inf"))
+    gradient = block_gradient(z, m, scale_hi, scale_lo, mean, constant, linear, quadratic)
     if target is not None:
         alpha = tl.load(coefficients + 3 * plane + row)
         column = tl.load(target + row)

@@ -91,3 +91,10 @@ def test_a_wrong_argument_is_one_line_and_status_2(tmp_path, arguments, message)
 def test_on_gpu_without_a_folder_is_one_line_and_status_2():
     done = subprocess.run([SCRIPT], capture_output=True, text=True)
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+
+
+def test_a_step_that_fails_is_recorded_and_the_next_one_runs(tmp_path):
+    done = subprocess.run([SCRIPT, tmp_path], env={**os.environ, "PYTHON": "false", "EM_SKIP_TESTS": "1"})
+    assert done.returncode == 1
+    steps = [line.split("\t")[:2] for line in (tmp_path / "steps.tsv").read_text().splitlines()]
+    assert steps[-3:] == [["entropy_loss", "1"], ["host_overhead", "1"], ["tune_tiles", "1"]]

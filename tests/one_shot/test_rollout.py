@@ -77,7 +77,8 @@ def test_prompt_and_completion_must_fit_the_context(tiny: tuple[Any, Any], max_n
 
 def test_seeds_differ_by_run_step_and_rank() -> None:
     seeds = {derive_seed(run, step, rank) for run in range(5) for step in range(5) for rank in range(5)}
-    assert len(seeds) == 125
+    seeds |= {derive_seed(0, step) for step in range(5)} | {derive_seed(2**32 + run, 0, 0) for run in range(5)}
+    assert len(seeds) == 135
 
 
 def test_completions_follow_from_the_seed(tiny: tuple[Any, Any]) -> None:

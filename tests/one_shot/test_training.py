@@ -264,6 +264,7 @@ def test_resuming_a_finished_run_changes_nothing(
 ) -> None:
     config, output = finished
     times = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+    (output / "state.pt").touch()  # as if killed between the checkpoint's rename and this file's removal
     train(config, output, resume=True)
     assert "is finished" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == times
@@ -283,6 +284,14 @@ def test_other_settings_cannot_resume(finished: tuple[TrainConfig, Path]) -> Non
     config, output = finished
     with pytest.raises(UsageError, match=r"other settings: steps: 4, not 5; seed: 0, not 1$"):
         train(dataclasses.replace(config, steps=5, seed=1), output, resume=True)
+
+
+def test_another_number_of_processes_cannot_resume(finished: tuple[TrainConfig, Path], tmp_path: Path) -> None:
+    config, output = finished
+    values = json.loads((output / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**values, "processes": 2}))
+    with pytest.raises(UsageError, match=r"other settings: processes: 2, not 1$"):
+        train(config, tmp_path, resume=True)
 
 
 @pytest.mark.parametrize(

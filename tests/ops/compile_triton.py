@@ -30,6 +30,9 @@ TARGETS = {
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # One vocabulary for each tile of the fused kernel, in bytes a row; divisible by 16 as those of language models are.
 ROW_BYTES = (8 << 10, 128 << 10, 256 << 10)
+# And one that is odd, so that rows are not aligned; and a batch in which the second sequence starts beyond 32 bits.
+ODD_VOCAB = 128257
+FAR_STRIDE = 2**31 + 2**20
 # On a GPU of 132 multiprocessors: a row each or more, fewer, and so few that the tiles shrink.
 MULTIPROCESSORS = 132
 ROWS = (132, 64, 1)
@@ -68,9 +71,24 @@ def launch_everything() -> None:
                 1.5,
                 torch.empty_like(logits),
             )
+    for dtype in DTYPES:
+        for shape in ((1, 132, ODD_VOCAB), (1, 64, ODD_VOCAB), (1, 1, ODD_VOCAB), (2, 66, 128 << 10)):
+            # On the meta device, where only shapes and strides exist.
+            strides = (FAR_STRIDE if shape[0] == 2 else 0, shape[2], 1)
+            logits = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+            rows = shape[0] * shape[1]
+            weight, row_temperature = torch.ones(2, rows, device="meta")
+            arguments = (weight, torch.ones((), device="meta"), 0.5, row_temperature, 1.5)
+            triton_entropy.entropy_with_gradient(logits, *arguments, torch.empty_like(logits))
+            triton_entropy.row_statistics(logits, weight.bool(), row_temperature, 1.5, weight.long(), True)
+            saved = torch.ones(5, rows, device="meta")
+            triton_entropy.row_gradient(
+                logits, saved, weight, weight.long(), weight, weight, weight, weight, torch.empty_like(logits)
+            )
+            triton_entropy.scale_(logits, torch.ones((), device="meta"))
     for dtype, rows in itertools.product(DTYPES, ROWS):
         logits = torch.empty(1, rows, 4096, dtype=dtype)
-        per_row, saved = torch.ones(rows), torch.ones(4, rows)
+        per_row, saved = torch.ones(rows), torch.ones(5, rows)
         for mask, temperature, target, varentropy in itertools.product((False, True), repeat=4):
             triton_entropy.row_statistics(
                 logits,

@@ -1,0 +1,13 @@
+"""What setup.py builds."""
+
+import shutil
+
+import pytest
+
+from em_kernels.ops import native_cpu
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_compiled_kernels_are_there_wherever_there_is_a_compiler():
+    # The build may fail without failing the installation, and every test of the kernels would be skipped.
+    assert native_cpu.unavailable_reason() is None
