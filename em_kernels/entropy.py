@@ -6,8 +6,6 @@ from torch import Tensor, nn
 from em_kernels import inputs
 from em_kernels.ops import operators
 
-_REDUCTIONS = ("mean", "sum", "none")
-
 
 def entropy_loss(
     logits: Tensor,
@@ -48,10 +46,9 @@ def entropy_loss(
     float16, whose gradient underflows unless it is made after the loss scale is known.
     """
     inputs.check_logits(logits)
-    if reduction not in _REDUCTIONS:
-        raise ValueError(f"reduction is {reduction!r}, expected one of {', '.join(map(repr, _REDUCTIONS))}")
+    inputs.check_reduction(reduction)
     if num_items_in_batch is not None:
-        num_items_in_batch = _check_num_items(num_items_in_batch, reduction, logits)
+        inputs.check_num_items(num_items_in_batch, reduction)
     backend = inputs.choose_backend(backend, logits)
     weight = None if mask is None else inputs.flatten_mask(mask, logits)
     rows, (row_temperature, common_temperature) = (
@@ -71,7 +68,7 @@ def entropy_loss(
             "inplace_backward needs logits with a contiguous last dimension and at most two strides between tokens, "
             f"given logits of shape {tuple(logits.shape)} and strides {logits.stride()}"
         )
-    divisor, count = _mean_divisor(rows, weight, num_items_in_batch) if reduction == "mean" else (None, 1)
+    divisor, count = inputs.mean_divisor(logits, weight, num_items_in_batch) if reduction == "mean" else (None, 1)
 
     if reduction != "none" and needs_grad and logits.dtype != torch.float16:
         return operators.entropy_with_gradient(
@@ -143,30 +140,3 @@ def _overlaps(logits: Tensor) -> bool:
             return True
         reach = max(reach, stride * size)
     return False
-
-
-def _check_num_items(num_items: int | Tensor, reduction: str, logits: Tensor) -> int | Tensor:
-    if reduction != "mean":
-        raise ValueError(f"num_items_in_batch is the divisor of reduction='mean', given with reduction={reduction!r}")
-    if isinstance(num_items, Tensor):
-        if num_items.dim() != 0:
-            raise ValueError(f"num_items_in_batch has shape {tuple(num_items.shape)}, expected an int or a 0-d tensor")
-        if inputs.values_visible(num_items) and num_items.item() < 0:
-            raise ValueError(f"num_items_in_batch is {num_items.item()}, expected at least 0")
-        dtype = operators.statistics_dtype(logits.dtype)
-        return num_items.detach().to(logits.device, dtype, non_blocking=True)
-    if isinstance(num_items, bool) or not isinstance(num_items, (int, torch.SymInt)):
-        raise TypeError(f"num_items_in_batch is a {type(num_items).__name__}, expected an int or a 0-d tensor")
-    if num_items < 0:
-        raise ValueError(f"num_items_in_batch is {num_items}, expected at least 0")
-    return num_items
-
-
-def _mean_divisor(rows: Tensor, weight: Tensor | None, num_items: int | Tensor | None) -> tuple[Tensor | None, int]:
-    """The divisor of the mean, as a tensor that stays on the device, and as a number the host knows."""
-    if isinstance(num_items, Tensor):
-        return num_items, 1
-    if num_items is None and weight is not None:
-        return weight.sum(dtype=operators.statistics_dtype(rows.dtype)), 1
-    count = rows.shape[0] * rows.shape[1] if num_items is None else num_items
-    return None, count if count != 0 else 1

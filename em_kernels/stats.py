@@ -1,12 +1,12 @@
-"""token_stats: entropy, log-sum-exp, log-probability and varentropy of every token, from one pass over the logits."""
+"""token_stats and linear_token_stats: entropy, log-sum-exp, log-probability and varentropy of every token."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from em_kernels import inputs
-from em_kernels.ops import operators
+from em_kernels import heads, inputs
+from em_kernels.ops import linear, operators
 
 
 class TokenStats(NamedTuple):
@@ -60,7 +60,7 @@ def token_stats(
     """
     inputs.check_logits(logits)
     mask = None if mask is None else inputs.flatten_mask(mask, logits) != 0
-    target = None if target is None else inputs.flatten_target(target, logits, mask)
+    target = None if target is None else inputs.flatten_target(target, logits, mask, logits.shape[-1])
     entropy, lse, logprob, varentropy = operators.row_statistics(
         inputs.flatten_logits(logits),
         mask,
@@ -70,6 +70,66 @@ def token_stats(
         backend=inputs.choose_backend(backend, logits),
     )
     shape = logits.shape[:-1]
+    return TokenStats(
+        entropy.view(shape),
+        lse.view(shape),
+        None if target is None else logprob.view(shape),
+        varentropy.view(shape),
+    )
+
+
+def linear_token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    temperature: float | Tensor = 1.0,
+    chunk_size: int | None = None,
+    logits_dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> TokenStats:
+    """`token_stats(hidden @ weight.T, target)` without ever holding the logits: a chunk of tokens at a time.
+
+    One matmul in the forward, three in the backward, which makes the logits again. Saved for backward: the arguments
+    and a few numbers per token.
+
+    Args:
+        hidden: (..., D), float32, bfloat16, float16 or (backend "torch") float64: what the output projection is given.
+        weight: (V, D), of hidden's dtype: the output projection. Under torch.autocast both are cast to its dtype.
+        target: (...), integers in [0, V), as in `token_stats`.
+        mask: (...), bool, integer or float; zero marks a token that is not read, is 0 in every field, and gets no
+            gradient. None keeps every token.
+        bias: (V,), of hidden's dtype, added to the logits.
+        softcap: c > 0: logits become c tanh(logits / c).
+        temperature: tau > 0, a float or a tensor that broadcasts to hidden.shape[:-1]. No gradient flows to it.
+        chunk_size: tokens whose logits are held at a time; None takes what 512 MB of scratch hold (128 MB on the CPU).
+        logits_dtype: torch.float32 keeps the float32 result of a 16-bit matmul unrounded; None rounds it to hidden's
+            dtype.
+        backend: "triton", "torch", or None to choose by hidden's device and dtype.
+
+    Returns:
+        TokenStats, each field of shape (...), differentiable by hidden, weight and bias.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+    """
+    hidden, head, chunk_size = heads.prepare(hidden, weight, bias, softcap, logits_dtype, chunk_size)
+    mask = None if mask is None else inputs.flatten_mask(mask, hidden, "hidden") != 0
+    target = None if target is None else inputs.flatten_target(target, hidden, mask, len(weight), "hidden")
+    entropy, lse, logprob, varentropy = linear.row_statistics(
+        hidden.reshape(-1, hidden.shape[-1]),
+        head,
+        mask,
+        *inputs.flatten_temperature(temperature, hidden, "hidden"),
+        target,
+        varentropy=True,
+        chunk_size=chunk_size,
+        backend=inputs.choose_backend(backend, hidden),
+    )
+    shape = hidden.shape[:-1]
     return TokenStats(
         entropy.view(shape),
         lse.view(shape),

@@ -187,7 +187,7 @@ class _RowStatistics(torch.autograd.Function):
         logits, saved, varentropy, target = ctx.saved_tensors
         # A statistic that was not asked for is empty, and so is its gradient.
         upstream = tuple(None if g is None or g.numel() == 0 else g for g in upstream[:4])
-        _refuse_batched(*upstream)
+        refuse_batched(*upstream)
         arguments = (logits, saved, varentropy, target, *upstream)
         if must_trace(logits):
             gradient = _row_gradient_op(*arguments, ctx.backend)
@@ -219,7 +219,7 @@ class _EntropyWithGradient(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        _refuse_batched(grad_loss)
+        refuse_batched(grad_loss)
         # Only a graph that is run again needs the unscaled gradient again.
         if torch._C._autograd._get_current_graph_task_keep_graph():
             gradient = gradient.clone()
@@ -239,7 +239,7 @@ def _backward_entropy_with_gradient(ctx: Any, grad_loss: Tensor, _: Tensor | Non
     return (gradient * grad_loss, *[None] * 6)
 
 
-def _refuse_batched(*upstream: Tensor | None) -> None:
+def refuse_batched(*upstream: Tensor | None) -> None:
     if not torch.compiler.is_compiling() and any(
         g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in upstream
     ):

@@ -1,0 +1,573 @@
+"""The operators on hidden states: logits = hidden @ weight.T chunk by chunk of tokens, never whole.
+
+    entropy_with_gradient   three matmuls: a chunk's logits; from them, in place and by the logits' own operator, their
+                            gradient; from that the chunk's gradient of hidden and its part of the weight's. The
+                            backward only hands these on, scaled in place where the upstream gradient is not 1.
+    row_statistics          one matmul; its backward makes the logits again, three matmuls. Saved between: the operands
+                            and (5, rows).
+
+The gradients of weight and bias are summed in float32 over all chunks and rounded once. Those of 16-bit hidden states
+come from float32 products and are rounded once, too. One chunk's logits, and what softcap or another dtype of the
+logits adds, are the only scratch; it is allocated once a call.
+
+Masked rows are left out of the matmuls where the host can see the mask, on the CPU. Elsewhere to know their number
+would be a synchronisation, and shapes that depend on it could not be captured in a graph: the matmuls run at full size,
+over zeros in the masked rows, which the kernels do not read.
+
+With `grad_tolerance` > 0, a row all of whose entries of the logits' gradient are no larger than it is left out of both
+matmuls, and so is a column that is so in all rows of its chunk; what is left is gathered. How much that is has to be
+known, on a GPU at the price of a synchronisation a chunk. Measured on a real model's distributions, single columns beat
+groups: of 2,048 tokens at temperature 0.5, entries above 1e-6 lie in 10 % of the columns, but in 79 % of the groups of
+64 in a chunk of 512.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from em_kernels.ops.operators import implementation, must_trace, refuse_batched, statistics_dtype
+
+# Compacted matmuls and the gathers before them must undercut the dense ones; measured to break even at two thirds.
+_LARGEST_SHARE_WORTH_COMPACTING = 0.5
+# Vocabulary columns converted to float32 at a time where the device has no matmul of 16-bit operands with a float32
+# result, the CPU: 4096 x 576 are 9 MB.
+_CONVERTED_COLUMNS = 4096
+
+RowIndex = slice | Tensor
+
+
+class Head(NamedTuple):
+    """How logits are made from hidden states: softcap * tanh((hidden @ weight.T + bias) / softcap)."""
+
+    weight: Tensor
+    bias: Tensor | None
+    softcap: float | None
+    float32_logits: bool
+
+    def logits_dtype(self) -> torch.dtype:
+        return statistics_dtype(self.weight.dtype) if self.float32_logits else self.weight.dtype
+
+    def bytes_per_token(self) -> int:
+        """Of the scratch that a token takes."""
+        logits = self.logits_dtype().itemsize
+        rounded = 0 if self.logits_dtype() == self.weight.dtype else self.weight.element_size()
+        return self.weight.shape[0] * (logits * (1 if self.softcap is None else 2) + rounded)
+
+
+class Needs(NamedTuple):
+    """Which gradients are wanted."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+class Gradients(NamedTuple):
+    """Those that are wanted; empty where not."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor
+
+
+def entropy_with_gradient(
+    hidden: Tensor,
+    head: Head,
+    row_weight: Tensor | None,
+    divisor: Tensor | None,
+    count: int,
+    row_temperature: Tensor | None,
+    temperature: float,
+    *,
+    chunk_size: int,
+    grad_tolerance: float,
+    needs: Needs,
+    backend: str,
+) -> Tensor:
+    """The sum over rows of weight / divisor / count * H, a scalar, with the gradients made on the way."""
+    arguments = (
+        *(hidden, *head, row_weight, divisor, count, row_temperature, temperature),
+        *(chunk_size, grad_tolerance, *needs, backend),
+    )
+    if must_trace(hidden) or must_trace(head.weight):
+        return _entropy_with_gradient_op(*arguments)[0]
+    return _EntropyWithGradient.apply(*arguments)
+
+
+def row_statistics(
+    hidden: Tensor,
+    head: Head,
+    mask: Tensor | None,
+    row_temperature: Tensor | None,
+    temperature: float,
+    target: Tensor | None = None,
+    *,
+    varentropy: bool = False,
+    chunk_size: int,
+    grad_tolerance: float = 0.0,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Entropy, lse, log-probability of the target and varentropy per row; the last two empty where not asked for."""
+    must_trace(hidden)  # refuses the transforms that the operator has no rule for
+    return _row_statistics_op(
+        hidden, *head, mask, row_temperature, temperature, target, varentropy, chunk_size, grad_tolerance, backend
+    )[:4]
+
+
+# -------------------------------------------------------------------------------------------------- the chunk loops
+
+
+def _entropy_and_gradients(
+    hidden: Tensor,
+    head: Head,
+    row_weight: Tensor | None,
+    divisor: Tensor | None,
+    count: int,
+    row_temperature: Tensor | None,
+    temperature: float,
+    chunk_size: int,
+    grad_tolerance: float,
+    needs: Needs,
+    backend: str,
+) -> tuple[Tensor, Gradients]:
+    operators = implementation(backend)
+    chunks = _Chunks(hidden, head, None if row_weight is None else row_weight != 0, chunk_size)
+    totals = _Totals(hidden, head, needs)
+    loss = hidden.new_zeros((), dtype=statistics_dtype(hidden.dtype))
+    # The divisor comes last: before it the gradient of a mean is no smaller than that of a sum, which float16 can hold.
+    scale = torch.full_like(loss, 1.0 / count)
+    if divisor is not None:
+        scale = scale / torch.where(divisor == 0, 1, divisor)
+    for index, h in chunks:
+        z, slope = chunks.logits(h)
+        weight, tau = (None if x is None else x[index] for x in (row_weight, row_temperature))
+        loss += operators.entropy_with_gradient(z[None], weight, None, 1, tau, temperature, z[None])
+        totals.add(index, h, _through_softcap(z, slope), scale, grad_tolerance)
+    return loss * scale, totals.scaled(scale)
+
+
+def _statistics(
+    hidden: Tensor,
+    head: Head,
+    mask: Tensor | None,
+    row_temperature: Tensor | None,
+    temperature: float,
+    target: Tensor | None,
+    varentropy: bool,
+    chunk_size: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    operators = implementation(backend)
+    chunks = _Chunks(hidden, head, mask, chunk_size)
+    results = _new_statistics(hidden, target, varentropy)
+    for result in results:
+        result.zero_()
+    for index, h in chunks:
+        z, _ = chunks.logits(h, with_slope=False)
+        kept, tau, t = (None if x is None else x[index] for x in (mask, row_temperature, target))
+        parts = operators.row_statistics(z[None], kept, tau, temperature, t, varentropy)
+        for result, part in zip(results, parts, strict=True):
+            if result.numel() > 0:
+                result[..., index] = part
+    return results
+
+
+def _gradients_of_statistics(
+    hidden: Tensor,
+    head: Head,
+    saved: Tensor,
+    varentropy: Tensor,
+    target: Tensor | None,
+    upstream: tuple[Tensor | None, ...],
+    chunk_size: int,
+    grad_tolerance: float,
+    needs: Needs,
+    backend: str,
+) -> Gradients:
+    operators = implementation(backend)
+    chunks = _Chunks(hidden, head, saved[3] != 0, chunk_size)
+    totals = _Totals(hidden, head, needs)
+    for index, h in chunks:
+        z, slope = chunks.logits(h)
+        t, *grads = (None if x is None else x[index].contiguous() for x in (target, *upstream))
+        variance = varentropy[index] if varentropy.numel() > 0 else varentropy
+        operators.row_gradient(z[None], saved[:, index].contiguous(), variance, t, *grads, z[None])
+        totals.add(index, h, _through_softcap(z, slope), None, grad_tolerance)
+    return totals.scaled(None)
+
+
+class _Chunks:
+    """The chunks of the rows that count, and the memory their logits are made in."""
+
+    def __init__(self, hidden: Tensor, head: Head, kept: Tensor | None, chunk_size: int) -> None:
+        self.head = head
+        self.rows = None
+        if kept is not None and hidden.device.type == "cpu":
+            self.rows = kept.nonzero().squeeze(-1)
+        elif kept is not None:
+            # Garbage times a gradient of 0 would be NaN in the gradient of the weight.
+            hidden = hidden.masked_fill(~kept.unsqueeze(-1), 0)
+        self.hidden = hidden
+        self.count = len(hidden) if self.rows is None else len(self.rows)
+        # Equal chunks rather than a small last one.
+        self.size = -(-self.count // max(1, -(-self.count // chunk_size)))
+        self._logits: Tensor | None = None
+        self._slope: Tensor | None = None
+
+    def __iter__(self) -> Iterator[tuple[RowIndex, Tensor]]:
+        for start in range(0, self.count, max(1, self.size)):
+            if self.rows is None:
+                index: RowIndex = slice(start, min(start + self.size, self.count))
+            else:
+                index = self.rows[start : start + self.size]
+            yield index, self.hidden[index]
+
+    def logits(self, h: Tensor, *, with_slope: bool = True) -> tuple[Tensor, Tensor | None]:
+        """Those of a chunk, and their derivative by what softcap was given; both overwritten by the next chunk's."""
+        weight, bias, softcap, _ = self.head
+        if self._logits is None:
+            self._logits = h.new_empty(self.size, weight.shape[0], dtype=self.head.logits_dtype())
+        z = self._logits[: len(h)]
+        _matmul(h, weight.t(), out=z)
+        if bias is not None:
+            z += bias
+        if softcap is None:
+            return z, None
+        torch.tanh(z.div_(softcap), out=z)
+        slope = None
+        if with_slope:
+            if self._slope is None:
+                self._slope = torch.empty_like(self._logits)
+            slope = torch.mul(z, z, out=self._slope[: len(h)]).neg_().add_(1)
+        return z.mul_(softcap), slope
+
+
+class _Totals:
+    """The gradients as they are summed over chunks, from each chunk's gradient of the logits."""
+
+    def __init__(self, hidden: Tensor, head: Head, needs: Needs) -> None:
+        self.head, self.needs = head, needs
+        self.gradients = _new_gradients(hidden, head, needs)
+        for gradient in self.gradients:
+            gradient.zero_()
+        # Summed where they are returned, if that is not too narrow.
+        summed = statistics_dtype(hidden.dtype)
+        self.weight = self.gradients.weight.to(summed) if needs.weight else None
+        self.bias = self.gradients.bias.to(summed) if needs.bias else None
+        self._rounded: Tensor | None = None
+
+    def add(self, index: RowIndex, h: Tensor, gradient: Tensor, scale: Tensor | None, tolerance: float) -> None:
+        if self.bias is not None:
+            self.bias += gradient.sum(dim=0, dtype=self.bias.dtype)
+        weight = self.head.weight
+        if not (self.needs.hidden or self.needs.weight):
+            return
+        active = _active(gradient, tolerance) if tolerance > 0 else None
+        if active is not None:
+            rows, columns = active
+            gradient, h, weight = gradient[rows.unsqueeze(-1), columns].to(h.dtype), h[rows], weight[columns]
+            index = index.start + rows if isinstance(index, slice) else index[rows]
+        elif gradient.dtype != h.dtype:
+            if self._rounded is None:
+                self._rounded = torch.empty_like(gradient, dtype=h.dtype)
+            gradient = self._rounded[: len(h)].copy_(gradient)
+        if self.needs.hidden:
+            product = _float32_product(gradient, weight)
+            self.gradients.hidden[index] = (product if scale is None else product * scale).to(
+                self.gradients.hidden.dtype
+            )
+        if self.weight is not None:
+            if active is None:
+                _add_transposed_product(self.weight, gradient, h)
+            else:
+                part = self.weight[columns]
+                _add_transposed_product(part, gradient, h)
+                self.weight[columns] = part
+
+    def scaled(self, scale: Tensor | None) -> Gradients:
+        for total, gradient in ((self.weight, self.gradients.weight), (self.bias, self.gradients.bias)):
+            if total is not None:
+                scaled = total if scale is None else total.mul_(scale)
+                if scaled is not gradient:
+                    gradient.copy_(scaled)
+        return self.gradients
+
+
+def _active(gradient: Tensor, tolerance: float) -> tuple[Tensor, Tensor] | None:
+    """The rows and columns with an entry above the tolerance or NaN; None where they are too many to leave any out."""
+    rows, columns = (~_within(gradient, dim, tolerance) for dim in (1, 0))
+    rows, columns = rows.nonzero().squeeze(-1), columns.nonzero().squeeze(-1)
+    if len(rows) * len(columns) > _LARGEST_SHARE_WORTH_COMPACTING * gradient.numel():
+        return None
+    return rows, columns
+
+
+def _within(gradient: Tensor, dim: int, tolerance: float) -> Tensor:
+    # Without |gradient| in memory; on the CPU, seven times faster than torch.aminmax.
+    return (gradient.amin(dim) >= -tolerance) & (gradient.amax(dim) <= tolerance)
+
+
+def _through_softcap(gradient: Tensor, slope: Tensor | None) -> Tensor:
+    return gradient if slope is None else gradient.mul_(slope)
+
+
+def _new_statistics(
+    hidden: Tensor, target: Tensor | None, varentropy: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dtype, rows = statistics_dtype(hidden.dtype), len(hidden)
+    return (
+        hidden.new_empty(rows, dtype=dtype),
+        hidden.new_empty(rows, dtype=dtype),
+        hidden.new_empty(0 if target is None else rows, dtype=dtype),
+        hidden.new_empty(rows if varentropy else 0, dtype=dtype),
+        hidden.new_empty(5, rows, dtype=dtype),
+    )
+
+
+def _new_gradients(hidden: Tensor, head: Head, needs: Needs) -> Gradients:
+    """float32 for float16, in which a mean's gradient underflows until a loss scale has multiplied it."""
+    dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+    weight = head.weight
+    return Gradients(
+        hidden.new_empty(hidden.shape if needs.hidden else (0,), dtype=dtype),
+        weight.new_empty(weight.shape if needs.weight else (0,), dtype=dtype),
+        weight.new_empty(len(weight) if needs.bias else 0, dtype=dtype),
+    )
+
+
+# -------------------------------------------------------------------------------------- matmuls that keep their float32
+
+
+def _matmul(a: Tensor, b: Tensor, *, out: Tensor) -> None:
+    """a @ b in out's dtype, which may be float32 where the operands' is not."""
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    elif a.device.type == "cuda":
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    else:
+        wide = a.to(out.dtype)
+        for start in range(0, b.shape[1], _CONVERTED_COLUMNS):
+            columns = slice(start, start + _CONVERTED_COLUMNS)
+            out[:, columns] = wide @ b[:, columns].to(out.dtype)
+
+
+def _float32_product(gradient: Tensor, weight: Tensor) -> Tensor:
+    """gradient @ weight, (rows, V) by (V, D), not rounded to 16 bits."""
+    dtype = statistics_dtype(gradient.dtype)
+    if gradient.dtype == dtype:
+        return gradient @ weight
+    if gradient.device.type == "cuda":
+        return torch.mm(gradient, weight, out_dtype=dtype)
+    product = gradient.new_zeros(len(gradient), weight.shape[1], dtype=dtype)
+    for columns in range(0, len(weight), _CONVERTED_COLUMNS):
+        part = slice(columns, columns + _CONVERTED_COLUMNS)
+        product.addmm_(gradient[:, part].to(dtype), weight[part].to(dtype))
+    return product
+
+
+def _add_transposed_product(total: Tensor, gradient: Tensor, h: Tensor) -> None:
+    """Adds gradient.T @ h, (V, rows) by (rows, D), to the float32 total."""
+    if gradient.dtype == total.dtype:
+        total.addmm_(gradient.t(), h)
+    elif gradient.device.type == "cuda":
+        torch.addmm(total, gradient.t(), h, out_dtype=total.dtype, out=total)
+    else:
+        wide = h.to(total.dtype)
+        for columns in range(0, len(total), _CONVERTED_COLUMNS):
+            part = slice(columns, columns + _CONVERTED_COLUMNS)
+            total[part].addmm_(gradient[:, part].to(total.dtype).t(), wide)
+
+
+# --------------------------------------------------------------------------------------------- the registered operators
+
+
+def _entropy_with_gradient(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    float32_logits: bool,
+    row_weight: Tensor | None,
+    divisor: Tensor | None,
+    count: int,
+    row_temperature: Tensor | None,
+    temperature: float,
+    chunk_size: int,
+    grad_tolerance: float,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    loss, gradients = _entropy_and_gradients(
+        hidden,
+        Head(weight, bias, softcap, float32_logits),
+        row_weight,
+        divisor,
+        count,
+        row_temperature,
+        temperature,
+        chunk_size,
+        grad_tolerance,
+        Needs(needs_hidden, needs_weight, needs_bias),
+        backend,
+    )
+    return loss, *gradients
+
+
+_entropy_with_gradient_op = torch.library.custom_op(
+    "em_kernels::linear_entropy_with_gradient", _entropy_with_gradient, mutates_args=()
+)
+
+
+@_entropy_with_gradient_op.register_fake
+def _(hidden, weight, bias, softcap, float32_logits, *rest):
+    needs = Needs(*rest[-4:-1])
+    head = Head(weight, bias, softcap, float32_logits)
+    return hidden.new_empty((), dtype=statistics_dtype(hidden.dtype)), *_new_gradients(hidden, head, needs)
+
+
+@torch.library.custom_op("em_kernels::linear_row_statistics", mutates_args=())
+def _row_statistics_op(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    float32_logits: bool,
+    mask: Tensor | None,
+    row_temperature: Tensor | None,
+    temperature: float,
+    target: Tensor | None,
+    varentropy: bool,
+    chunk_size: int,
+    grad_tolerance: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The fifth result is what backward needs of each row, as in `operators`."""
+    head = Head(weight, bias, softcap, float32_logits)
+    return _statistics(hidden, head, mask, row_temperature, temperature, target, varentropy, chunk_size, backend)
+
+
+@_row_statistics_op.register_fake
+def _(hidden, weight, bias, softcap, float32_logits, mask, row_temperature, temperature, target, varentropy, *_):
+    return _new_statistics(hidden, target, varentropy)
+
+
+@torch.library.custom_op("em_kernels::linear_row_gradient", mutates_args=())
+def _row_gradient_op(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    float32_logits: bool,
+    saved: Tensor,
+    varentropy: Tensor,
+    target: Tensor | None,
+    grad_entropy: Tensor | None,
+    grad_lse: Tensor | None,
+    grad_logprob: Tensor | None,
+    grad_varentropy: Tensor | None,
+    chunk_size: int,
+    grad_tolerance: float,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _gradients_of_statistics(
+        hidden,
+        Head(weight, bias, softcap, float32_logits),
+        saved,
+        varentropy,
+        target,
+        (grad_entropy, grad_lse, grad_logprob, grad_varentropy),
+        chunk_size,
+        grad_tolerance,
+        Needs(needs_hidden, needs_weight, needs_bias),
+        backend,
+    )
+
+
+@_row_gradient_op.register_fake
+def _(hidden, weight, bias, softcap, float32_logits, *rest):
+    return tuple(_new_gradients(hidden, Head(weight, bias, softcap, float32_logits), Needs(*rest[-4:-1])))
+
+
+# ------------------------------------------------------------------------------------------------------------- autograd
+
+
+class _EntropyWithGradient(torch.autograd.Function):
+    """The eager call: the gradients are its own, to be scaled in place."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        loss, *gradients = _entropy_with_gradient(*arguments)
+        _setup_entropy_with_gradient(ctx, arguments, (loss, *gradients))
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_batched(grad_loss)
+        gradients = ctx.saved_tensors
+        if torch._C._autograd._get_current_graph_task_keep_graph():
+            gradients = [gradient.clone() for gradient in gradients]
+        scale_ = implementation(ctx.backend).scale_
+        for gradient in gradients:
+            if gradient.numel() > 0:
+                scale_(gradient.view(1, -1, gradient.shape[-1]), grad_loss)
+        return _spread(ctx, gradients)
+
+
+def _setup_entropy_with_gradient(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    *_, ctx.needs_hidden, ctx.needs_weight, ctx.needs_bias, ctx.backend = inputs
+    ctx.dtype = inputs[0].dtype
+    ctx.save_for_backward(*output[1:])
+
+
+def _setup_traced_entropy_with_gradient(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    _setup_entropy_with_gradient(ctx, inputs, output)
+
+
+@once_differentiable
+def _backward_entropy_with_gradient(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    return _spread(ctx, [gradient * grad_loss for gradient in ctx.saved_tensors])
+
+
+def _spread(ctx: Any, gradients: Any) -> tuple[Tensor | None, ...]:
+    """A gradient for each argument of the operator, of which hidden, weight and bias come first."""
+    needs = (ctx.needs_hidden, ctx.needs_weight, ctx.needs_bias)
+    wanted = [gradient.to(ctx.dtype) if needed else None for gradient, needed in zip(gradients, needs, strict=True)]
+    return (*wanted, *[None] * (len(ctx.needs_input_grad) - len(wanted)))
+
+
+def _setup_row_statistics(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    hidden, weight, bias, *ctx.head, _, _, _, target, _, ctx.chunk_size, ctx.grad_tolerance, ctx.backend = inputs
+    *_, varentropy, saved = output
+    ctx.mark_non_differentiable(saved)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(hidden, weight, bias, saved, varentropy, target)
+
+
+@once_differentiable
+def _backward_row_statistics(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+    refuse_batched(*upstream)
+    hidden, weight, bias, saved, varentropy, target = ctx.saved_tensors
+    # A statistic that was not asked for is empty, and so is its gradient.
+    upstream = tuple(None if g is None or g.numel() == 0 else g for g in upstream[:4])
+    ctx.needs_hidden, ctx.needs_weight, ctx.needs_bias = needs = ctx.needs_input_grad[:3]
+    ctx.dtype = hidden.dtype
+    options = (ctx.chunk_size, ctx.grad_tolerance, *needs, ctx.backend)
+    return _spread(
+        ctx, _row_gradient_op(hidden, weight, bias, *ctx.head, saved, varentropy, target, *upstream, *options)
+    )
+
+
+_entropy_with_gradient_op.register_autograd(
+    _backward_entropy_with_gradient, setup_context=_setup_traced_entropy_with_gradient
+)
+_row_statistics_op.register_autograd(_backward_row_statistics, setup_context=_setup_row_statistics)
