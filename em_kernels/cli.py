@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from em_kernels.one_shot.config import DTYPES, PRESETS, TRACKERS, UsageError
+from em_kernels.one_shot.config import DTYPES, LOSSES, PRESETS, TRACKERS, UsageError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -91,6 +91,7 @@ def _add_train(commands: Any) -> None:
             help=f"{text} ({getattr(demo, name):g}, {getattr(paper, name):g})",
         )
     how.add_argument("--dtype", choices=DTYPES, help="what the model computes in (float32)")
+    how.add_argument("--loss", choices=LOSSES, help="on hidden states (linear), or on logits that are all made")
     how.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
     how.add_argument("--report-to", choices=TRACKERS, help="tracker beside metrics.jsonl (none)")
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from em_kernels import entropy_loss, token_entropy, token_stats
+from em_kernels import entropy_loss, linear_entropy_loss, linear_token_stats, token_entropy, token_stats
 from em_kernels.ops import backends
 
 LOGITS = torch.zeros(4, 16, 30)
@@ -144,6 +144,60 @@ def test_target(target, error, message):
 def test_options_of_the_loss(options, error, message):
     with pytest.raises(error, match=message):
         entropy_loss(LOGITS, **options)
+
+
+HIDDEN, WEIGHT = torch.zeros(4, 16, 8), torch.zeros(30, 8)
+
+
+@pytest.mark.parametrize("function", [linear_entropy_loss, linear_token_stats])
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"hidden": [1.0]}, TypeError, "hidden is a list, expected a torch.Tensor"),
+        ({"hidden": torch.zeros(())}, ValueError, r"hidden has shape \(\), expected \(..., D\)"),
+        ({"weight": torch.zeros(30, 9)}, ValueError, r"weight has shape \(30, 9\), expected \(V, 8\)"),
+        ({"weight": torch.zeros(30)}, ValueError, r"weight has shape \(30,\), expected \(V, 8\)"),
+        ({"weight": torch.zeros(0, 8)}, ValueError, r"weight has shape \(0, 8\), expected \(V, 8\) with V at least 1"),
+        ({"weight": None}, TypeError, "weight is a NoneType, expected a torch.Tensor"),
+        (
+            {"weight": WEIGHT.bfloat16()},
+            TypeError,
+            r"weight has dtype torch.bfloat16 and hidden torch.float32, .* weight.to\(hidden.dtype\)",
+        ),
+        ({"weight": WEIGHT.to("meta")}, ValueError, "weight is on meta, expected the device of hidden, cpu"),
+        ({"bias": torch.zeros(8)}, ValueError, r"bias has shape \(8,\), expected \(V,\) = \(30,\)"),
+        ({"bias": torch.zeros(30).half()}, TypeError, "bias has dtype torch.float16 and hidden torch.float32"),
+        ({"mask": torch.ones(4)}, ValueError, r"mask has shape \(4,\), expected hidden.shape\[:-1\] = \(4, 16\)"),
+        ({"temperature": 0.0}, ValueError, "temperature is 0.0, expected a value above 0"),
+        ({"softcap": 0.0}, ValueError, "softcap is 0.0, expected a finite number above 0, or None"),
+        ({"chunk_size": 0}, ValueError, "chunk_size is 0, expected at least 1, or None"),
+        ({"chunk_size": 2.5}, TypeError, "chunk_size is a float, expected an int, or None"),
+        ({"logits_dtype": torch.bfloat16}, ValueError, "logits_dtype is torch.bfloat16, expected torch.float32"),
+        ({"backend": "tpu"}, ValueError, "backend='tpu' cannot run here"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_linear_functions(function, options, error, message):
+    with pytest.raises(error, match=message):
+        function(**{"hidden": HIDDEN, "weight": WEIGHT, **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"grad_tolerance": -1e-6}, "grad_tolerance is -1e-06, expected a finite number of at least 0"),
+        ({"reduction": "avg"}, "reduction is 'avg', expected one of 'mean', 'sum', 'none'"),
+        ({"num_items_in_batch": -1}, "num_items_in_batch is -1, expected at least 0"),
+    ],
+)
+def test_options_of_the_linear_loss(options, message):
+    with pytest.raises(ValueError, match=message):
+        linear_entropy_loss(HIDDEN, WEIGHT, **options)
+
+
+def test_target_of_the_linear_statistics():
+    with pytest.raises(ValueError, match=r"target has 30 where it is not masked, expected values in \[0, 30\)"):
+        linear_token_stats(HIDDEN, WEIGHT, torch.full((4, 16), 30))
 
 
 @pytest.mark.parametrize("function", [entropy_loss, token_stats, token_entropy])

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 DTYPES = ("float32", "bfloat16")
+LOSSES = ("linear", "logits")
 TRACKERS = ("none", "tensorboard", "wandb")
 
 DEFAULT_PROMPT = (
@@ -36,6 +37,7 @@ class TrainConfig:
         seed: of sampling and of the evaluation problems.
         dtype: what the model computes in. Parameters and optimiser state are float32 either way: an update of 2e-5 is
             below bfloat16's resolution of most weights and would be lost.
+        loss: "linear" takes the loss on hidden states, a chunk of tokens' logits at a time; "logits" makes them all.
         gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
         evaluation_size: problems to measure accuracy on before and after, 0 for none.
         report_to: the tracker that Accelerate feeds beside metrics.jsonl.
@@ -56,6 +58,7 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     seed: int = 0
     dtype: str = "float32"
+    loss: str = "linear"
     gradient_checkpointing: bool = False
     evaluation_size: int = 200
     report_to: str = "none"
@@ -70,6 +73,7 @@ class TrainConfig:
             if not (isinstance(value, int | float) and 0 < value < math.inf):
                 raise UsageError(f"{name} is {value!r}, expected a finite number above 0")
         _check_choice("dtype", self.dtype, DTYPES)
+        _check_choice("loss", self.loss, LOSSES)
         _check_choice("report_to", self.report_to, TRACKERS)
         if self.report_to != "none" and importlib.util.find_spec(self.report_to) is None:
             raise UsageError(f"report_to is {self.report_to!r}, but the package {self.report_to} is not installed")

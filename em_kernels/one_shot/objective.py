@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from em_kernels import entropy_loss, token_entropy
+from em_kernels import entropy_loss, linear_entropy_loss, linear_token_stats, token_entropy
 from em_kernels.one_shot.config import UsageError
+from em_kernels.one_shot.head import OutputHead
 from em_kernels.one_shot.model import compute_in
 from em_kernels.one_shot.rollout import Rollout
 
@@ -48,6 +49,7 @@ def accumulate_gradient(
     *,
     temperature: float,
     micro_batch_size: int,
+    head: OutputHead | None = None,
     dtype: str = "float32",
     show_progress: bool = False,
 ) -> StepStats:
@@ -59,6 +61,7 @@ def accumulate_gradient(
         rollout: this process's completions; as many on every process.
         temperature: of the loss.
         micro_batch_size: completions per forward and backward pass.
+        head: the model's output projection, for the loss on hidden states; None takes the loss on logits.
         dtype: what the model computes in, "float32" or "bfloat16".
         show_progress: a bar over the micro-batches.
 
@@ -74,7 +77,7 @@ def accumulate_gradient(
     for i, part in enumerate(tqdm(parts, desc="training", unit="micro-batch", leave=False, disable=not show_progress)):
         last = i == len(parts) - 1
         with contextlib.nullcontext() if last else accelerator.no_sync(model):
-            sums += _backward(model, part, temperature, share, dtype)
+            sums += _backward(model, part, temperature, share, head, dtype)
     loss, entropy, decided = accelerator.reduce(sums, "sum").tolist()
     if not math.isfinite(loss):
         raise UsageError(f"the loss is {loss}: the model has diverged, lower the learning rate")
@@ -82,36 +85,56 @@ def accumulate_gradient(
     return StepStats(loss / accelerator.num_processes, entropy / count, decided / count, count)
 
 
-def _backward(model: Any, part: Rollout, temperature: float, share: Tensor, dtype: str) -> Tensor:
-    """One micro-batch: its loss, sum of entropies and count of decided tokens. The logits die with the call."""
+def _backward(
+    model: Any, part: Rollout, temperature: float, share: Tensor, head: OutputHead | None, dtype: str
+) -> Tensor:
+    """One micro-batch: its loss, sum of entropies and count of decided tokens. What is large dies with the call."""
     mask = part.completion_mask
     with compute_in(dtype, part.input_ids.device):
-        logits = completion_logits(model, part)
-    entropy = token_entropy(logits, mask=mask)
-    decided = (entropy < DECIDED) & mask
-    loss = entropy_loss(logits, mask, temperature=temperature, num_items_in_batch=share, inplace_backward=True)
+        if head is None:
+            logits = completion_logits(model, part)
+            entropy = token_entropy(logits, mask=mask)[mask]
+            loss = entropy_loss(logits, mask, temperature=temperature, num_items_in_batch=share, inplace_backward=True)
+        else:
+            hidden = completion_hidden(model, part, head)[mask]
+            entropy = _entropy(hidden, head)
+            loss = linear_entropy_loss(hidden, **head.arguments(temperature), num_items_in_batch=share)
     loss.backward()
-    return torch.stack([loss.detach(), entropy.sum(), decided.sum()])
+    return torch.stack([loss.detach(), entropy.sum(), (entropy < DECIDED).sum()])
+
+
+@torch.no_grad()
+def _entropy(hidden: Tensor, head: OutputHead) -> Tensor:
+    return linear_token_stats(hidden, **head.arguments(1.0)).entropy
 
 
 def completion_logits(model: Any, rollout: Rollout) -> Tensor:
     """The logits each generated token was drawn from, those at the position before it: (batch, completion, V)."""
-    length = rollout.completion_mask.shape[1]
+    return _forward(model, rollout).logits[:, -rollout.completion_mask.shape[1] :]
+
+
+def completion_hidden(model: Any, rollout: Rollout, head: OutputHead) -> Tensor:
+    """The hidden states that `completion_logits` are made of: (batch, completion, D)."""
+    with head.bypassed() as given:
+        _forward(model, rollout)
+    return given[0][:, -rollout.completion_mask.shape[1] :]
+
+
+def _forward(model: Any, rollout: Rollout) -> Any:
     # The last token predicts one that was never drawn. Without it, the last `length` positions are those wanted, the
     # prompt's last token, from which the first token was drawn, included.
     attention_mask = rollout.attention_mask[:, :-1]
     arguments = {
         "position_ids": (attention_mask.cumsum(1) - 1).clamp(min=0),
-        "logits_to_keep": length,
+        "logits_to_keep": rollout.completion_mask.shape[1],
     }
     accepted = inspect.signature(getattr(model, "module", model).forward).parameters
-    output = model(
+    return model(
         input_ids=rollout.input_ids[:, :-1],
         attention_mask=attention_mask.long(),
         use_cache=False,
         **{name: value for name, value in arguments.items() if name in accepted},
     )
-    return output.logits[:, -length:]
 
 
 def _set_mode(model: Any) -> None:

@@ -19,6 +19,7 @@ from accelerate.utils import DistributedType
 import em_kernels
 from em_kernels.one_shot.config import TrainConfig, UsageError
 from em_kernels.one_shot.evaluation import Evaluation, evaluate
+from em_kernels.one_shot.head import OutputHead, find_head
 from em_kernels.one_shot.model import BUILT_IN, checkpoint_activations, compute_in, load_model
 from em_kernels.one_shot.objective import accumulate_gradient
 from em_kernels.one_shot.prompts import encode_chats
@@ -74,6 +75,7 @@ def train(config: TrainConfig, output: str | Path, *, resume: bool = False) -> N
         model, torch.optim.AdamW(model.parameters(), lr=config.learning_rate, fused=True)
     )
     plain_model = accelerator.unwrap_model(model)
+    head = find_head(plain_model) if config.loss == "linear" else None
     accelerator.print(_headline(config, plain_model, accelerator, run))
     if config.report_to != "none":
         accelerator.init_trackers("em_kernels", {k: str(v) for k, v in dataclasses.asdict(config).items()})
@@ -83,7 +85,7 @@ def train(config: TrainConfig, output: str | Path, *, resume: bool = False) -> N
         accelerator.print(f"Resuming after step {first_step - 1}")
     _evaluate_once(accelerator, run, plain_model, tokenizer, config, "before")
     for step in range(first_step, config.steps + 1):
-        metrics = _step(accelerator, model, optimizer, tokenizer, config, step)
+        metrics = _step(accelerator, model, head, optimizer, tokenizer, config, step)
         if accelerator.is_main_process:
             run.append_metrics(metrics)
             run.write_state(step=step, model=plain_model.state_dict(), optimizer=optimizer.state_dict())
@@ -119,7 +121,13 @@ def _restore(run: RunFolder, model: Any, optimizer: Any) -> int:
 
 
 def _step(
-    accelerator: Accelerator, model: Any, optimizer: Any, tokenizer: Any, config: TrainConfig, step: int
+    accelerator: Accelerator,
+    model: Any,
+    head: OutputHead | None,
+    optimizer: Any,
+    tokenizer: Any,
+    config: TrainConfig,
+    step: int,
 ) -> dict[str, Any]:
     """One optimiser step; its line in metrics.jsonl."""
     on_cuda = accelerator.device.type == "cuda"
@@ -135,6 +143,7 @@ def _step(
         rollout,
         temperature=config.temperature,
         micro_batch_size=config.micro_batch_size,
+        head=head,
         dtype=config.dtype,
         show_progress=accelerator.is_main_process,
     )

@@ -12,11 +12,13 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from em_kernels.one_shot import objective
-from em_kernels.one_shot.config import UsageError
+from em_kernels.one_shot.config import LOSSES, UsageError
+from em_kernels.one_shot.head import find_head
 from em_kernels.one_shot.model import checkpoint_activations
 from em_kernels.one_shot.objective import accumulate_gradient, completion_logits
 from em_kernels.one_shot.prompts import encode_chats
 from em_kernels.one_shot.rollout import Rollout, sample
+from em_kernels.ops import blocked
 
 TAU = 0.5
 
@@ -41,9 +43,12 @@ def _gradients(model: Any) -> dict[str, Tensor]:
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
-def _accumulate(model: Any, rollout: Rollout, **changes: Any) -> tuple[objective.StepStats, dict[str, Tensor]]:
+def _accumulate(
+    model: Any, rollout: Rollout, loss: str = "logits", **changes: Any
+) -> tuple[objective.StepStats, dict[str, Tensor]]:
     model.zero_grad()
-    arguments = {"temperature": TAU, "micro_batch_size": 100, **changes}
+    head = find_head(model) if loss == "linear" else None
+    arguments = {"temperature": TAU, "micro_batch_size": 100, "head": head, **changes}
     stats = accumulate_gradient(Accelerator(mixed_precision="no"), model, rollout, **arguments)
     return stats, _gradients(model)
 
@@ -84,9 +89,12 @@ def test_scores_the_distribution_each_token_was_drawn_from(tiny: tuple[Any, Any]
     torch.testing.assert_close(logits[rollout.completion_mask], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_gradient_is_that_of_the_token_mean_of_the_entropy(tiny: tuple[Any, Any], rollout: Rollout) -> None:
+@pytest.mark.parametrize("loss_on", LOSSES)
+def test_gradient_is_that_of_the_token_mean_of_the_entropy(
+    tiny: tuple[Any, Any], rollout: Rollout, loss_on: str
+) -> None:
     model, _ = tiny
-    stats, gradients = _accumulate(model, rollout)
+    stats, gradients = _accumulate(model, rollout, loss_on)
 
     # By the definition: each sequence alone, without padding, token by token.
     model.zero_grad()
@@ -108,13 +116,14 @@ def test_gradient_is_that_of_the_token_mean_of_the_entropy(tiny: tuple[Any, Any]
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()))
 
 
+@pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 5])
 def test_micro_batches_give_the_same_as_one_batch(
-    tiny: tuple[Any, Any], rollout: Rollout, micro_batch_size: int
+    tiny: tuple[Any, Any], rollout: Rollout, micro_batch_size: int, loss: str
 ) -> None:
     model, _ = tiny
-    whole, expected = _accumulate(model, rollout)
-    parts, gradients = _accumulate(model, rollout, micro_batch_size=micro_batch_size)
+    whole, expected = _accumulate(model, rollout, loss)
+    parts, gradients = _accumulate(model, rollout, loss, micro_batch_size=micro_batch_size)
     assert dataclasses.astuple(parts) == pytest.approx(dataclasses.astuple(whole), rel=1e-6)
     for name, gradient in expected.items():
         torch.testing.assert_close(gradients[name], gradient, rtol=0, atol=1e-5 * float(gradient.abs().max()))
@@ -160,13 +169,17 @@ def test_logits_of_the_previous_micro_batch_are_freed(
     assert [reference() for reference in alive] == [None] * 4
 
 
-def test_gradient_checkpointing_recomputes_to_the_same_gradient(tiny: tuple[Any, Any], rollout: Rollout) -> None:
+@pytest.mark.parametrize("loss", LOSSES)
+def test_gradient_checkpointing_recomputes_to_the_same_gradient(
+    tiny: tuple[Any, Any], rollout: Rollout, loss: str
+) -> None:
     model, _ = tiny
-    stats, expected = _accumulate(model, rollout)
+    stats, expected = _accumulate(model, rollout, loss)
+    head = find_head(model) if loss == "linear" else None
     calls: list[int] = []
     model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     checkpoint_activations(model)
-    other, gradients = _accumulate(model, rollout)
+    other, gradients = _accumulate(model, rollout, head=head)
     assert len(calls) == 2
     assert other == stats
     for name, gradient in expected.items():
@@ -183,13 +196,21 @@ def test_dropout_is_off(tiny: tuple[Any, Any], rollout: Rollout, checkpointing: 
     assert _accumulate(model, rollout)[0] == _accumulate(model, rollout)[0]
 
 
-def test_bfloat16_computes_in_bfloat16_and_keeps_float32_gradients(tiny: tuple[Any, Any], rollout: Rollout) -> None:
+@pytest.mark.parametrize("loss", LOSSES)
+def test_bfloat16_computes_in_bfloat16_and_keeps_float32_gradients(
+    tiny: tuple[Any, Any], rollout: Rollout, loss: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, _ = tiny
-    stats, expected = _accumulate(model, rollout)
+    stats, expected = _accumulate(model, rollout, loss)
     dtypes: list[torch.dtype] = []
-    model.lm_head.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
-    other, gradients = _accumulate(model, rollout, dtype="bfloat16")
-    assert dtypes == [torch.bfloat16]
+    # What the entropy is taken of.
+    monkeypatch.setattr(
+        blocked,
+        "_blocks",
+        lambda logits, *a, original=blocked._blocks: (dtypes.append(logits.dtype), original(logits, *a))[1],
+    )
+    other, gradients = _accumulate(model, rollout, loss, dtype="bfloat16")
+    assert set(dtypes) == {torch.bfloat16}
     assert {gradient.dtype for gradient in gradients.values()} == {torch.float32}
     assert other.loss != stats.loss
     assert other.loss == pytest.approx(stats.loss, rel=0.05)

@@ -1,0 +1,95 @@
+"""The loss on the real model's own hidden states and completions, against float64 and against the loss on logits."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from em_kernels import linear_entropy_loss
+from em_kernels.one_shot.config import DEFAULT_PROMPT
+from em_kernels.one_shot.head import find_head
+from em_kernels.one_shot.model import load_model
+from em_kernels.one_shot.objective import StepStats, accumulate_gradient, completion_hidden, completion_logits
+from em_kernels.one_shot.prompts import encode_chats
+from em_kernels.one_shot.rollout import Rollout, sample
+from em_kernels.ops import reference
+
+TAU = 0.5
+
+
+@pytest.fixture(scope="module")
+def real() -> tuple[Any, Rollout]:
+    model, tokenizer = load_model(None)
+    chats = encode_chats(tokenizer, [DEFAULT_PROMPT] * 3)
+    rollout = sample(
+        model, tokenizer, chats, temperature=TAU, max_new_tokens=16, seed=0, description="", show_progress=False
+    )
+    return model, rollout
+
+
+def _accumulate(model: Any, rollout: Rollout, **options: Any) -> tuple[StepStats, dict[str, Tensor]]:
+    model.zero_grad()
+    stats = accumulate_gradient(
+        Accelerator(mixed_precision="no"), model, rollout, temperature=TAU, micro_batch_size=2, **options
+    )
+    return stats, {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def _difference(actual: Tensor, expected: Tensor) -> float:
+    actual, expected = actual.detach().double(), expected.detach().double()
+    return float((actual - expected).norm() / expected.norm())
+
+
+def test_loss_and_all_parameter_gradients_are_those_of_float64(real: tuple[Any, Rollout]) -> None:
+    model, rollout = real
+    stats, gradients = _accumulate(model, rollout, head=find_head(model))
+    exact = copy.deepcopy(model).double()
+    exact.zero_grad()
+    logits = completion_logits(exact, rollout)[rollout.completion_mask]
+    loss = reference.entropy_loss(logits, temperature=TAU)
+    loss.backward()
+    assert stats.loss == pytest.approx(loss.item(), rel=1e-4)
+    # What is left is that of the float32 model beneath.
+    for name, parameter in exact.named_parameters():
+        assert _difference(gradients[name], parameter.grad) < 1e-3, name
+
+
+@pytest.mark.parametrize("grad_tolerance", [0.0, 1e-6])
+def test_gradients_of_the_head_are_those_of_float64(real: tuple[Any, Rollout], grad_tolerance: float) -> None:
+    model, rollout = real
+    head = find_head(model)
+    with torch.no_grad():
+        hidden = completion_hidden(model, rollout, head)[rollout.completion_mask]
+    operands = [x.detach().clone().requires_grad_() for x in (hidden, head.module.weight)]
+    loss = linear_entropy_loss(*operands, temperature=TAU, chunk_size=20, grad_tolerance=grad_tolerance)
+    loss.backward()
+    exact = [x.detach().double().requires_grad_() for x in operands]
+    expected = reference.entropy_loss(exact[0] @ exact[1].T, temperature=TAU)
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    for ours, theirs in zip(operands, exact, strict=True):
+        assert ours.grad is not None
+        assert theirs.grad is not None
+        assert _difference(ours.grad, theirs.grad) < (1e-5 if grad_tolerance == 0 else 1e-3)
+
+
+# In bfloat16 the logits are rounded before the loss reads them, and rounding is all there is between the two.
+@pytest.mark.parametrize(("dtype", "within"), [("float32", 1e-4), ("bfloat16", 2**-8)])
+def test_both_losses_take_the_same_step(real: tuple[Any, Rollout], dtype: str, within: float) -> None:
+    results = []
+    for head_of in (find_head, lambda _: None):
+        model = copy.deepcopy(real[0])
+        stats, gradients = _accumulate(model, real[1], head=head_of(model), dtype=dtype)
+        torch.optim.SGD(model.parameters(), lr=1.0).step()
+        results.append((stats, gradients, dict(model.named_parameters())))
+    (linear, gradients, parameters), (logits, expected, expected_parameters) = results
+    assert linear.tokens == logits.tokens
+    assert linear.loss == pytest.approx(logits.loss, rel=within)
+    assert linear.entropy == pytest.approx(logits.entropy, rel=within)
+    for name, gradient in expected.items():
+        # Two roundings: of the logits, and of their gradient.
+        assert _difference(gradients[name], gradient) < 2 * within, name
+        assert _difference(parameters[name], expected_parameters[name]) < within, name

@@ -1,0 +1,104 @@
+"""The linear operators under compilers and checkers."""
+
+import pytest
+import torch
+import torch._dynamo
+
+from em_kernels import linear_entropy_loss, linear_token_stats
+from em_kernels.ops import linear
+
+
+@pytest.fixture
+def operands(implementation):
+    device = implementation.device
+    return {
+        "hidden": torch.randn(6, 8, device=device, requires_grad=True),
+        "weight": torch.randn(20, 8, device=device, requires_grad=True),
+        "bias": torch.randn(20, device=device, requires_grad=True),
+        "mask": torch.tensor([True, False, True, True, True, False], device=device),
+        "temperature": torch.rand(6, device=device) + 0.5,
+        "target": torch.randint(0, 20, (6,), device=device),
+        "divisor": torch.tensor(4.0, device=device),
+    }
+
+
+@pytest.mark.parametrize("needs", [(True, True, True), (True, False, False), (False, True, False)], ids=str)
+@pytest.mark.parametrize("extras", [False, True])
+def test_opcheck_entropy_with_gradient(implementation, operands, extras, needs):
+    o = {k: v.detach() if k in ("hidden", "weight", "bias") and not needed else v
+         for (k, v), needed in zip(operands.items(), (*needs, *[True] * 4), strict=True)}  # fmt: skip
+    if extras:
+        rest = (o["bias"], 5.0, False, o["mask"], o["divisor"], 1, o["temperature"], 1.0, 4, 1e-3)
+    else:
+        needs = (*needs[:2], False)
+        rest = (None, None, False, None, None, 3, None, 0.7, 100, 0.0)
+    torch.library.opcheck(
+        linear._entropy_with_gradient_op, (o["hidden"], o["weight"], *rest, *needs, implementation.backend)
+    )
+
+
+@pytest.mark.parametrize("extras", [False, True])
+def test_opcheck_row_statistics(implementation, operands, extras):
+    o = operands
+    if extras:
+        rest = (o["bias"], 5.0, False, o["mask"], o["temperature"], 1.0, o["target"], True, 4, 0.0)
+    else:
+        rest = (None, None, False, None, None, 0.7, None, False, 100, 0.0)
+    torch.library.opcheck(linear._row_statistics_op, (o["hidden"], o["weight"], *rest, implementation.backend))
+
+
+def test_opcheck_row_gradient(implementation, operands):
+    o = {k: v.detach() for k, v in operands.items()}
+    head = (o["weight"], o["bias"], None, False)
+    *_, varentropy, saved = linear._row_statistics_op(
+        o["hidden"], *head, o["mask"], None, 0.7, o["target"], True, 4, 0.0, implementation.backend
+    )
+    upstream = torch.randn(4, 6, device=implementation.device)
+    for used in ((True,) * 4, (True, False, False, False)):
+        grads = (g if u else None for g, u in zip(upstream, used, strict=True))
+        torch.library.opcheck(
+            linear._row_gradient_op,
+            (
+                *(o["hidden"], *head, saved, varentropy, o["target"], *grads),
+                *(4, 0.0, True, True, True, implementation.backend),
+            ),
+        )
+
+
+FUNCTIONS = {
+    "mean": lambda h, w, mask, t, backend: linear_entropy_loss(h, w, mask, temperature=t, backend=backend) * 2,
+    "tolerance": lambda h, w, mask, t, backend: linear_entropy_loss(
+        h, w, mask.float(), temperature=t, grad_tolerance=1e-2, softcap=9.0, backend=backend
+    ),
+    "none": lambda h, w, mask, t, backend: (
+        linear_entropy_loss(h, w, mask, temperature=t, reduction="none", backend=backend) ** 2
+    ).sum(),
+    "linear_token_stats": lambda h, w, mask, t, backend: sum(
+        field.sum()
+        for field in linear_token_stats(h, w, mask.long(), mask=mask, temperature=t, backend=backend)
+        if field is not None
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_compiles_whole_with_dynamic_shapes(monkeypatch, name, backend):
+    monkeypatch.setenv("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(FUNCTIONS[name], fullgraph=True, backend="aot_eager")
+    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+    weight = torch.randn(40, 8, device=device)
+    for batch, time in ((2, 3), (2, 5), (3, 7)):
+        hidden, mask = torch.randn(batch, time, 8, device=device), torch.rand(batch, time, device=device) < 0.7
+        results = []
+        for function in (FUNCTIONS[name], compiled):
+            leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+            loss = function(*leaves, mask, 0.7, backend)
+            loss.backward()
+            results.append((loss, *(leaf.grad for leaf in leaves)))
+        for expected, actual in zip(*results, strict=True):
+            torch.testing.assert_close(actual, expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
+    torch._dynamo.reset()
