@@ -7,21 +7,16 @@ errors against float64 as defined in accuracy.py. `torch.nn.functional.cross_ent
 and a normaliser, no sum over the distribution: it is there as the loss that everyone knows the cost of.
 """
 
-import contextlib
-import ctypes
 import gc
-import multiprocessing
-import re
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from accuracy import Reference, draw_logits
+from memory import extra_bytes_in_fresh_process, extra_bytes_on_gpu
 from timing import Arguments, Call, Timing, append_row, error_text, machine, measure, slots_beyond_cache, synchronize
 from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax, softmax
@@ -271,58 +266,20 @@ def run(c: Configuration) -> Iterator[dict[str, Any]]:
             row["over_bytes"] = None if traffic is None else timing.seconds / (copy.seconds * traffic / 2)
         if c.memory:
             try:
-                row["extra_bytes"] = (
-                    _extra_bytes_on_gpu(every[name, variant], slots[0], logits)
-                    if device.type == "cuda"
-                    else _extra_bytes_in_fresh_process(c, (name, variant))
-                )
+                if device.type == "cuda":
+                    row["extra_bytes"] = extra_bytes_on_gpu(partial(every[name, variant].call, slots[0]))
+                    restore(0)
+                else:
+                    row["extra_bytes"] = extra_bytes_in_fresh_process(_prepare, c, (name, variant))
             except Exception as error:
                 row["memory_error"] = error_text(error)
         yield row
 
 
-def _extra_bytes_on_gpu(contender: Contender, slot: Tensor, logits: Tensor) -> int:
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    contender.call(slot)
-    extra = torch.cuda.max_memory_allocated() - before
-    if contender.overwrites:
-        with torch.no_grad():
-            slot.copy_(logits)
-    return extra
-
-
-def _extra_bytes_in_fresh_process(c: Configuration, name: tuple[str, str]) -> int:
-    # Forked, one for each call, from a process that has imported the package and done nothing else.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["em_kernels"])
-    with ProcessPoolExecutor(1, mp_context=context) as process:
-        return process.submit(_extra_bytes_here, c, name).result()
-
-
-def _extra_bytes_here(c: Configuration, name: tuple[str, str]) -> int:
-    """By how much the resident set of this process rises above what it is with the logits in it, during a call."""
+def _prepare(c: Configuration, name: tuple[str, str]) -> Callable[[], Any]:
     target = torch.zeros(c.rows, dtype=torch.int64)
     logits = draw_logits(c.logits, c.rows, c.vocab, c.torch_dtype, torch.device("cpu")).requires_grad_()
-    call = contenders(c, target)[name].call
-    # The first call loads code, starts threads and compiles.
-    call(logits)
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-    # 5 sets the high-water mark to the present size, see proc(5).
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _resident_bytes("VmRSS")
-    call(logits)
-    return _resident_bytes("VmHWM") - before
-
-
-def _resident_bytes(field: str) -> int:
-    found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    if found is None:
-        raise RuntimeError(f"/proc/self/status has no {field}")
-    return int(found[1]) << 10
+    return partial(contenders(c, target)[name].call, logits)
 
 
 def line(row: dict[str, Any]) -> str:

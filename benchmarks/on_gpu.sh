@@ -41,9 +41,11 @@ if [ ! -e em_kernels/_entropy_cpu.so ]; then
 fi
 if [ -z "${EM_SKIP_TESTS:-}" ]; then
     step gpu-tests 150 "$python" -m pytest -q -m gpu -p no:cacheprovider tests
-    step contract-tests 100 "$python" -m pytest -q -m "not gpu" -p no:cacheprovider -k triton tests/test_entropy.py tests/test_stats.py tests/test_properties.py tests/ops/test_operators.py
+    step contract-tests 100 "$python" -m pytest -q -m "not gpu" -p no:cacheprovider -k triton tests/test_entropy.py tests/test_stats.py tests/test_properties.py tests/ops/test_operators.py \
+        tests/test_linear_entropy.py tests/test_linear_stats.py tests/ops/test_linear.py
 fi
 step entropy_loss 200 "$python" benchmarks/entropy_loss.py --out "$folder" --size "$size" --device "$device"
+step linear_entropy 150 "$python" benchmarks/linear_entropy.py --out "$folder" --size "$size" --device "$device"
 step host_overhead 60 "$python" benchmarks/host_overhead.py --out "$folder" --size "$size" --device "$device"
 # Without a GPU the kernels have to be interpreted.
 interpret=$([ "$device" = cpu ] && echo 1 || echo 0)

@@ -1,8 +1,9 @@
 """Writes the tables and plots of README.md from the rows in benchmarks/results.
 
 For the CPU and the GPU each, the latest run of entropy_loss.py goes between <!-- benchmark:cpu --> and
-<!-- /benchmark:cpu --> (or gpu), and into benchmarks/results/entropy_loss_cpu.png. Rows of a checkout with uncommitted
-changes are refused: nobody could check out what they measured.
+<!-- /benchmark:cpu --> (or gpu), and into benchmarks/results/entropy_loss_cpu.png; that of linear_entropy.py between
+<!-- benchmark:linear-cpu --> and its end, and into linear_entropy_cpu.png. Rows of a checkout with uncommitted changes
+are refused: nobody could check out what they measured.
 """
 
 import argparse
@@ -31,8 +32,8 @@ class Parser(argparse.ArgumentParser):
         fail(message)
 
 
-def latest_run(results: Path, device: str) -> list[Row]:
-    """The rows of the run of entropy_loss.py on `device` that started last; empty if there was none."""
+def latest_run(results: Path, benchmark: str, device: str) -> list[Row]:
+    """The rows of the run of a benchmark on `device` that started last; empty if there was none."""
     rows = []
     for file in sorted(results.glob("*.jsonl")):
         for number, text in enumerate(file.read_text().splitlines(), 1):
@@ -40,7 +41,7 @@ def latest_run(results: Path, device: str) -> list[Row]:
                 row = json.loads(text)
             except json.JSONDecodeError:
                 fail(f"{file}, line {number}: not a JSON row")
-            if row.get("benchmark") == "entropy_loss" and row.get("device") == device:
+            if row.get("benchmark") == benchmark and row.get("device") == device:
                 rows.append(row)
     latest = max((row["machine"]["time"] for row in rows), default=None)
     return [row for row in rows if row["machine"]["time"] == latest]
@@ -81,18 +82,55 @@ def table(rows: list[Row]) -> str:
                 f"{start} {_ms(row['seconds'])} ({_ms(row['p20'])} to {_ms(row['p80'])}) "
                 f"| {faster} | {copy} | {memory} | {error} |"
             )
-    software = [f"{name} {where[name]}" for name in ("driver", "torch", "triton", "python") if where[name]]
-    lines += [
+    cross_entropy = "`cross_entropy` computes less and is there as the loss whose cost is known."
+    return "\n".join([*lines, "", f"{_origin(where, 'entropy_loss.py')} {cross_entropy}"])
+
+
+def linear_table(rows: list[Row]) -> str:
+    where = rows[0]["machine"]
+    lines = [
+        "Forward + backward of the mean at temperature 0.5, milliseconds (20th to 80th percentile); error of the "
+        "weight's gradient against float64, its norm over that of the gradient.",
         "",
-        f"{where['name']}, {where['threads']} threads, {', '.join(software)}, commit {where['commit'][:10]}, "
-        f"{where['time'][:10]}: `python benchmarks/entropy_loss.py --out benchmarks/results`, then "
-        "`python benchmarks/report.py`. `cross_entropy` computes less and is there as the loss whose cost is known.",
+        "| operands | | ms | speed over eager | time over three matmuls | error |",
+        "|---|---|---|---|---|---|",
     ]
-    return "\n".join(lines)
+    timed = [row for row in rows if "seconds" in row or "error" in row]
+    for row in timed:
+        start = f"| {row['model']}, {row['dtype']}, {row['rows']} tokens | {row.get('contender', '')} |"
+        if "error" in row:
+            lines.append(f"{start} {row['error'].replace('|', ' ')} | | | |")
+            continue
+        same = [r for r in timed if (r["model"], r["dtype"], r["rows"]) == (row["model"], row["dtype"], row["rows"])]
+        eager = [r for r in same if r.get("contender") == "eager" and "seconds" in r]
+        faster = f"{eager[0]['seconds'] / row['seconds']:.2f}x" if eager else ""
+        matmuls = f"{row['over_matmuls']:.2f}x" if "over_matmuls" in row else ""
+        error = f"{row['weight_gradient_error']:.1e}" if "weight_gradient_error" in row else ""
+        lines.append(
+            f"{start} {_ms(row['seconds'])} ({_ms(row['p20'])} to {_ms(row['p80'])}) | {faster} | {matmuls} | {error} |"
+        )
+    sparsity = next((row for row in timed if "columns_kept" in row), None)
+    if sparsity is not None:
+        lines += [
+            "",
+            f"In 512 of these tokens, entries of the logits' gradient above 1e-6 lie in "
+            f"{sparsity['rows_kept']:.0%} of the rows and {sparsity['columns_kept']:.1%} of the columns.",
+        ]
+    return "\n".join([*lines, "", _origin(where, "linear_entropy.py")])
+
+
+def _origin(where: dict[str, Any], script: str) -> str:
+    software = [f"{name} {where[name]}" for name in ("driver", "torch", "triton", "python") if where[name]]
+    return (
+        f"{where['name']}, {where['threads']} threads, {', '.join(software)}, commit {where['commit'][:10]}, "
+        f"{where['time'][:10]}: `python benchmarks/{script} --out benchmarks/results`, then "
+        "`python benchmarks/report.py`."
+    )
 
 
 def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g}"
+    milliseconds = seconds * 1e3
+    return f"{milliseconds:.0f}" if milliseconds >= 100 else f"{milliseconds:.3g}"
 
 
 def insert(text: str, kind: str, content: str) -> str:
@@ -133,6 +171,36 @@ def plot(rows: list[Row], file: Path) -> None:
     figure.savefig(file, dpi=120)
 
 
+def plot_linear(rows: list[Row], file: Path) -> None:
+    """Memory by tokens."""
+    figure = Figure(figsize=(7, 3), layout="constrained")
+    axes = figure.subplots()
+    measured = [row for row in rows if "extra_bytes" in row]
+    for contender, color in (("eager", "#b0b0b0"), ("entropy_loss on logits", "#7fb2d9"), ("ours", "#1f77b4")):
+        points = sorted((row["rows"], row["extra_bytes"] / 2**30) for row in measured if row["contender"] == contender)
+        if points:
+            label = "linear_entropy_loss" if contender == "ours" else contender
+            axes.plot(*zip(*points, strict=True), marker="o", color=color, label=label)
+    axes.set_xlabel("tokens", fontsize=8)
+    axes.set_ylabel("GiB beyond the operands, gradients included", fontsize=8)
+    if measured:
+        axes.set_title(
+            f"hidden {measured[0]['dim']}, vocabulary {measured[0]['vocab']}, {measured[0]['dtype']}", fontsize=9
+        )
+    axes.set_ylim(bottom=0)
+    axes.tick_params(labelsize=8)
+    axes.legend(fontsize=8, frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=120)
+
+
+# By the marker in the README: which run, and what is made of it.
+_PARTS = {
+    **{kind: ("entropy_loss", device, table, plot) for kind, device in _KINDS.items()},
+    **{f"linear-{kind}": ("linear_entropy", device, linear_table, plot_linear) for kind, device in _KINDS.items()},
+}
+
+
 def main() -> None:
     parser = Parser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--results", type=Path, default=_ROOT / "benchmarks" / "results", metavar="FOLDER")
@@ -141,17 +209,18 @@ def main() -> None:
     if not options.readme.is_file():
         fail(f"--readme is {options.readme}, expected a file")
     text = options.readme.read_text()
-    runs = {kind: latest_run(options.results, device) for kind, device in _KINDS.items()}
-    runs = {kind: rows for kind, rows in runs.items() if rows}
+    runs = {part: latest_run(options.results, benchmark, device) for part, (benchmark, device, *_) in _PARTS.items()}
+    runs = {part: rows for part, rows in runs.items() if rows}
     if not runs:
-        fail(f"--results is {options.results}, which holds no rows of entropy_loss.py")
-    for kind, rows in runs.items():
+        fail(f"--results is {options.results}, which holds no rows of entropy_loss.py or linear_entropy.py")
+    for part, rows in runs.items():
         where = rows[0]["machine"]
         if where["dirty"] or not where["commit"]:
-            fail(f"the latest {kind} rows, of {where['time']}, are of no commit: commit all changes, measure again")
-        text = insert(text, kind, table(rows))
-    for kind, rows in runs.items():
-        plot(rows, options.results / f"entropy_loss_{kind}.png")
+            fail(f"the latest {part} rows, of {where['time']}, are of no commit: commit all changes, measure again")
+        text = insert(text, part, _PARTS[part][2](rows))
+    for part, rows in runs.items():
+        benchmark, *_, draw = _PARTS[part]
+        draw(rows, options.results / f"{benchmark}_{part.removeprefix('linear-')}.png")
     options.readme.write_text(text)
 
 

