@@ -6,15 +6,13 @@ import torch
 from torch import Tensor
 
 from em_kernels import inputs
-from em_kernels.ops.linear import Head
+from em_kernels.ops.linear import ROWS, Head
 from em_kernels.ops.operators import statistics_dtype
 
-# Of scratch for a chunk's logits: at 152k bfloat16, chunks of 1,664 tokens, which keep a GPU's matmul at its full rate.
-# On the CPU, a sixth of that does; more only costs the time to map it.
-_SCRATCH_BYTES = 512 << 20
+# Of scratch for a chunk: at 152k bfloat16, 1,280 tokens, which keep a GPU's matmul at its full rate. Of 512 MB in all,
+# the rest is for what `grad_tolerance` gathers. On the CPU, a quarter does; more only costs the time to map it.
+_SCRATCH_BYTES = 400 << 20
 _SCRATCH_BYTES_ON_CPU = 128 << 20
-# Rows of a chunk are a multiple of this where there are as many: the tiles of matmul kernels.
-_ROWS = 128
 
 
 def prepare(
@@ -28,17 +26,23 @@ def prepare(
     """Hidden states in the dtype they are computed in, the head, and the tokens of a chunk, all checked."""
     hidden, weight, bias = (_autocast(x, hidden) for x in (hidden, weight, bias))
     _check_head(hidden, weight, bias)
-    if softcap is not None and not 0 < softcap < float("inf"):
-        raise ValueError(f"softcap is {softcap}, expected a finite number above 0, or None")
+    if softcap is not None:
+        inputs.check_number("softcap", softcap)
+        if not 0 < softcap < float("inf"):
+            raise ValueError(f"softcap is {softcap}, expected a finite number above 0, or None")
     if logits_dtype not in (None, hidden.dtype, statistics_dtype(hidden.dtype)):
-        raise ValueError(f"logits_dtype is {logits_dtype}, expected torch.float32, or None for that of hidden")
+        accepted = {None, hidden.dtype, statistics_dtype(hidden.dtype)} - {None}
+        raise ValueError(
+            f"logits_dtype is {logits_dtype!r}, expected None or {' or '.join(sorted(map(str, accepted)))} "
+            f"for hidden of {hidden.dtype}"
+        )
     float32_logits = logits_dtype is not None and logits_dtype != hidden.dtype
     head = Head(weight, bias, None if softcap is None else float(softcap), float32_logits)
     if chunk_size is None:
         scratch = _SCRATCH_BYTES_ON_CPU if hidden.device.type == "cpu" else _SCRATCH_BYTES
         chunk_size = max(1, scratch // head.bytes_per_token())
-        if chunk_size > _ROWS:
-            chunk_size -= chunk_size % _ROWS
+        if chunk_size > ROWS:
+            chunk_size -= chunk_size % ROWS
     elif isinstance(chunk_size, bool) or not isinstance(chunk_size, int):
         raise TypeError(f"chunk_size is a {type(chunk_size).__name__}, expected an int, or None")
     elif chunk_size < 1:
@@ -59,6 +63,8 @@ def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     inputs.check_floats("hidden", hidden)
     if hidden.dim() == 0 or hidden.shape[-1] == 0:
         raise ValueError(f"hidden has shape {tuple(hidden.shape)}, expected (..., D) with D at least 1")
+    if hasattr(hidden, "full_tensor"):
+        raise TypeError("hidden is a DTensor, expected a whole tensor: take hidden.to_local() or gather it first")
     for name, value in {"weight": weight, **({} if bias is None else {"bias": bias})}.items():
         inputs.check_floats(name, value)
         if hasattr(value, "full_tensor"):

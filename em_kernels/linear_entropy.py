@@ -36,11 +36,12 @@ def linear_entropy_loss(
             least 0. A token of weight 0 is not read and its gradient is 0; on the CPU it is left out of the matmuls, on
             other devices it takes its time all the same. None counts every token.
         bias: (V,), of hidden's dtype, added to the logits.
-        softcap: c > 0: logits become c tanh(logits / c).
+        softcap: c > 0: logits become c tanh(logits / c). In 16 bits that rounds several times: see logits_dtype.
         temperature: tau > 0, a float or a tensor that broadcasts to hidden.shape[:-1]. No gradient flows to it.
         reduction: "mean" = sum(w H) / sum(w), "sum" = sum(w H), or "none" = w H. A mean over no tokens is 0.
         num_items_in_batch: an int or 0-d tensor that replaces sum(w) as the divisor of "mean"; 0 leaves the sum.
-        chunk_size: tokens whose logits are held at a time; None takes what 512 MB of scratch hold (128 MB on the CPU).
+        chunk_size: tokens whose logits are held at a time; None takes what fits into 512 MB of scratch (on the
+            CPU, 128 MB).
         grad_tolerance: entries of the logits' gradient, before the division by sum(w), that may be left out of the
             gradients; see below. 0 leaves out nothing.
         logits_dtype: torch.float32 keeps the float32 result of a 16-bit matmul unrounded, for twice the scratch; None
@@ -56,18 +57,20 @@ def linear_entropy_loss(
     What `grad_tolerance` bounds: with G the logits' gradient before the division by S (sum(w) for "mean", 1 otherwise),
     every entry left out has |G_ij| <= grad_tolerance, since whole rows and columns of a chunk are left out, and only
     where all their entries are that small. The gradient of hidden is G weight / S, that of weight G.T hidden / S; what
-    they lack is the same product of the entries left out, so that, entry by entry,
+    they lack is the same product of the entries left out, so that, entry by entry and u times an upstream gradient u,
 
         |error of hidden.grad[i, k]| <= grad_tolerance / S * sum_j |weight[j, k]|
         |error of weight.grad[j, k]| <= grad_tolerance / S * sum_i |hidden[i, k]|
 
-    The loss and the gradient of bias are exact. On a GPU the number of rows and columns left costs a synchronisation a
-    chunk. Less than half of a chunk's entries have to be left for any to be left out.
+    With "none", u is the largest |upstream gradient| of a token. The loss and the gradient of bias are exact. On a GPU
+    the number of rows and columns left costs a synchronisation a chunk. Nothing is left out of a chunk where more than
+    half of it would stay.
     """
     hidden, head, chunk_size = heads.prepare(hidden, weight, bias, softcap, logits_dtype, chunk_size)
     inputs.check_reduction(reduction)
     if num_items_in_batch is not None:
         inputs.check_num_items(num_items_in_batch, reduction)
+    inputs.check_number("grad_tolerance", grad_tolerance)
     if not 0 <= grad_tolerance < float("inf"):
         raise ValueError(f"grad_tolerance is {grad_tolerance}, expected a finite number of at least 0")
     row_weight = None if mask is None else inputs.flatten_mask(mask, hidden, "hidden")

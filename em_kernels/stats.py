@@ -105,7 +105,8 @@ def linear_token_stats(
         bias: (V,), of hidden's dtype, added to the logits.
         softcap: c > 0: logits become c tanh(logits / c).
         temperature: tau > 0, a float or a tensor that broadcasts to hidden.shape[:-1]. No gradient flows to it.
-        chunk_size: tokens whose logits are held at a time; None takes what 512 MB of scratch hold (128 MB on the CPU).
+        chunk_size: tokens whose logits are held at a time; None takes what fits into 512 MB of scratch (on the
+            CPU, 128 MB).
         logits_dtype: torch.float32 keeps the float32 result of a 16-bit matmul unrounded; None rounds it to hidden's
             dtype.
         backend: "triton", "torch", or None to choose by hidden's device and dtype.

@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
 import numpy as np
 import pytest
 
-from em_kernels.ops import backends, blocked, native_cpu
+from em_kernels.ops import backends, native_cpu, operators
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Two workers with two threads each on two cores spend their time waiting for each other.
@@ -50,7 +50,7 @@ def implementation(request, monkeypatch):
     if this.name.startswith("pytorch"):
         monkeypatch.setattr(native_cpu, "unavailable_reason", lambda: "switched off by the test")
     if this.name == "pytorch off cpu" and this.device == "cpu":
-        monkeypatch.setattr(blocked, "_host_sees", lambda _: False)
+        monkeypatch.setattr(operators, "host_sees", lambda _: False)
     if this.name == "triton":
         reason = backends.unavailable_reason("triton", torch.device(this.device))
         if reason:

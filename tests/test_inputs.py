@@ -170,9 +170,16 @@ HIDDEN, WEIGHT = torch.zeros(4, 16, 8), torch.zeros(30, 8)
         ({"mask": torch.ones(4)}, ValueError, r"mask has shape \(4,\), expected hidden.shape\[:-1\] = \(4, 16\)"),
         ({"temperature": 0.0}, ValueError, "temperature is 0.0, expected a value above 0"),
         ({"softcap": 0.0}, ValueError, "softcap is 0.0, expected a finite number above 0, or None"),
+        ({"softcap": "x"}, TypeError, "softcap is a str, expected a float"),
+        ({"softcap": True}, TypeError, "softcap is a bool, expected a float"),
         ({"chunk_size": 0}, ValueError, "chunk_size is 0, expected at least 1, or None"),
         ({"chunk_size": 2.5}, TypeError, "chunk_size is a float, expected an int, or None"),
-        ({"logits_dtype": torch.bfloat16}, ValueError, "logits_dtype is torch.bfloat16, expected torch.float32"),
+        (
+            {"logits_dtype": torch.bfloat16},
+            ValueError,
+            "logits_dtype is torch.bfloat16, expected None or torch.float32",
+        ),
+        ({"logits_dtype": "float32"}, ValueError, "logits_dtype is 'float32', expected None or torch.float32"),
         ({"backend": "tpu"}, ValueError, "backend='tpu' cannot run here"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -193,6 +200,11 @@ def test_linear_functions(function, options, error, message):
 def test_options_of_the_linear_loss(options, message):
     with pytest.raises(ValueError, match=message):
         linear_entropy_loss(HIDDEN, WEIGHT, **options)
+
+
+def test_grad_tolerance_that_is_no_number():
+    with pytest.raises(TypeError, match="grad_tolerance is a NoneType, expected a float"):
+        linear_entropy_loss(HIDDEN, WEIGHT, grad_tolerance=None)
 
 
 def test_target_of_the_linear_statistics():

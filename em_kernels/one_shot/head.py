@@ -74,8 +74,12 @@ def find_head(model: Any) -> OutputHead:
         raise UsageError(f"the model has {found}, expected a plain torch.nn.Linear (no adapter); {_INSTEAD}")
     config = model.config.get_text_config()
     weight = module.weight
-    if hasattr(weight, "full_tensor") or tuple(weight.shape) != (module.out_features, module.in_features):
-        raise UsageError(f"the model's output projection is sharded, expected a whole one; {_INSTEAD}")
+    if (
+        weight.device.type == "meta"
+        or hasattr(weight, "full_tensor")
+        or tuple(weight.shape) != (module.out_features, module.in_features)
+    ):
+        raise UsageError(f"the model's output projection is sharded or offloaded, expected a whole one; {_INSTEAD}")
     scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
     head = OutputHead(module, float(scale), getattr(config, "final_logit_softcapping", None))
 
@@ -92,7 +96,8 @@ def find_head(model: Any) -> OutputHead:
         model.train(was_training)
     if len(given) != 1:
         raise UsageError(f"the model uses its output projection {len(given)} times in a call, expected 1; {_INSTEAD}")
-    expected = head.scale * module(given[0]).float()
+    # Not the module's own result: it may have hooks or another forward, which the loss would not go through.
+    expected = head.scale * nn.functional.linear(given[0], module.weight, module.bias).float()
     if head.softcap is not None:
         expected = head.softcap * torch.tanh(expected / head.softcap)
     # 16-bit logits that were scaled or capped have been rounded once more than here.

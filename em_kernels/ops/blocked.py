@@ -20,7 +20,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from em_kernels.ops import native_cpu
+from em_kernels.ops import native_cpu, operators
 from em_kernels.ops.operators import new_statistics
 
 # A block and its scratch stay within a core's second-level cache (1 to 2 MB on current server CPUs); on a GPU there is
@@ -170,18 +170,13 @@ def entropy_with_gradient(
 
 
 def scale_(gradient: Tensor, factor: Tensor) -> Tensor:
-    if not _host_sees(factor) or factor.item() != 1:
+    if not operators.host_sees(factor) or factor.item() != 1:
         gradient.mul_(factor)
     return gradient
 
 
 def _rows(logits: Tensor) -> int:
     return logits.shape[0] * logits.shape[1]
-
-
-def _host_sees(tensor: Tensor) -> bool:
-    """Whether values can be looked at without a device synchronisation."""
-    return tensor.device.type == "cpu"
 
 
 def _runs_compiled(logits: Tensor) -> bool:
@@ -212,7 +207,7 @@ def _exponentials(z: Tensor, scale: Tensor, m: Tensor | None = None) -> tuple[Te
 def _blocks(logits: Tensor, mask: Tensor | None, out: Tensor | None = None) -> Iterator[tuple[RowIndex, Tensor]]:
     """Blocks of rows with their numbers; the rows left out as masked are zeroed in `out`."""
     outer, inner, vocab = logits.shape
-    host_sees = _host_sees(logits)
+    host_sees = operators.host_sees(logits)
     block_bytes = _BLOCK_BYTES.get(logits.device.type, _BLOCK_BYTES_ELSEWHERE)
     rows = max(1, block_bytes // (vocab * _working_dtype(logits).itemsize))
     if mask is not None and host_sees:

@@ -21,17 +21,25 @@ groups: of 2,048 tokens at temperature 0.5, entries above 1e-6 lie in 10 % of th
 64 in a chunk of 512.
 """
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from em_kernels.ops import operators
 from em_kernels.ops.operators import implementation, must_trace, refuse_batched, statistics_dtype
 
-# Compacted matmuls and the gathers before them must undercut the dense ones; measured to break even at two thirds.
+# Compacted matmuls and the gathers before them must undercut the dense ones.
 _LARGEST_SHARE_WORTH_COMPACTING = 0.5
+# What is gathered at a time of the gradient, of the weight, and of the weight's gradient.
+_GATHERED_BYTES = 32 << 20
+# Rows of a chunk are a multiple of this where there are as many: the tiles of matmul kernels.
+ROWS = 128
+# A row of the scratch starts at a multiple of this many elements, so that matmul kernels find it aligned.
+_ALIGNED = 64
 # Vocabulary columns converted to float32 at a time where the device has no matmul of 16-bit operands with a float32
 # result, the CPU: 4096 x 576 are 9 MB.
 _CONVERTED_COLUMNS = 4096
@@ -51,10 +59,11 @@ class Head(NamedTuple):
         return statistics_dtype(self.weight.dtype) if self.float32_logits else self.weight.dtype
 
     def bytes_per_token(self) -> int:
-        """Of the scratch that a token takes."""
+        """A token's logits, softcap's slope, the gradient rounded to other bits, and hidden's gradient in float32."""
         logits = self.logits_dtype().itemsize
         rounded = 0 if self.logits_dtype() == self.weight.dtype else self.weight.element_size()
-        return self.weight.shape[0] * (logits * (1 if self.softcap is None else 2) + rounded)
+        vocab, dim = self.weight.shape
+        return vocab * (logits * (1 if self.softcap is None else 2) + rounded) + dim * 4
 
 
 class Needs(NamedTuple):
@@ -120,6 +129,18 @@ def row_statistics(
 # -------------------------------------------------------------------------------------------------- the chunk loops
 
 
+def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Operands have been cast by now; a matmul that is to have a float32 result must not be cast again."""
+
+    @functools.wraps(function)
+    def outside(hidden: Tensor, *arguments: Any) -> Any:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return function(hidden, *arguments)
+
+    return outside
+
+
+@_without_autocast
 def _entropy_and_gradients(
     hidden: Tensor,
     head: Head,
@@ -133,7 +154,7 @@ def _entropy_and_gradients(
     needs: Needs,
     backend: str,
 ) -> tuple[Tensor, Gradients]:
-    operators = implementation(backend)
+    kernels = implementation(backend)
     chunks = _Chunks(hidden, head, None if row_weight is None else row_weight != 0, chunk_size)
     totals = _Totals(hidden, head, needs)
     loss = hidden.new_zeros((), dtype=statistics_dtype(hidden.dtype))
@@ -141,14 +162,21 @@ def _entropy_and_gradients(
     scale = torch.full_like(loss, 1.0 / count)
     if divisor is not None:
         scale = scale / torch.where(divisor == 0, 1, divisor)
+    tolerance: float | Tensor = grad_tolerance
+    if hidden.dtype == torch.float16 and row_weight is not None and row_weight.is_floating_point() and len(hidden) > 0:
+        # Nor may the weights take it out of float16's range: the largest of them comes last, too.
+        largest = row_weight.amax()
+        largest = torch.where(largest == 0, 1, largest)
+        row_weight, scale, tolerance = row_weight / largest, scale * largest, grad_tolerance / largest
     for index, h in chunks:
         z, slope = chunks.logits(h)
         weight, tau = (None if x is None else x[index] for x in (row_weight, row_temperature))
-        loss += operators.entropy_with_gradient(z[None], weight, None, 1, tau, temperature, z[None])
-        totals.add(index, h, _through_softcap(z, slope), scale, grad_tolerance)
+        loss += kernels.entropy_with_gradient(z[None], weight, None, 1, tau, temperature, z[None])
+        totals.add(index, h, _through_softcap(z, slope), scale, tolerance if grad_tolerance > 0 else None)
     return loss * scale, totals.scaled(scale)
 
 
+@_without_autocast
 def _statistics(
     hidden: Tensor,
     head: Head,
@@ -160,7 +188,7 @@ def _statistics(
     chunk_size: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    operators = implementation(backend)
+    kernels = implementation(backend)
     chunks = _Chunks(hidden, head, mask, chunk_size)
     results = _new_statistics(hidden, target, varentropy)
     for result in results:
@@ -168,13 +196,14 @@ def _statistics(
     for index, h in chunks:
         z, _ = chunks.logits(h, with_slope=False)
         kept, tau, t = (None if x is None else x[index] for x in (mask, row_temperature, target))
-        parts = operators.row_statistics(z[None], kept, tau, temperature, t, varentropy)
+        parts = kernels.row_statistics(z[None], kept, tau, temperature, t, varentropy)
         for result, part in zip(results, parts, strict=True):
             if result.numel() > 0:
                 result[..., index] = part
     return results
 
 
+@_without_autocast
 def _gradients_of_statistics(
     hidden: Tensor,
     head: Head,
@@ -187,15 +216,19 @@ def _gradients_of_statistics(
     needs: Needs,
     backend: str,
 ) -> Gradients:
-    operators = implementation(backend)
+    kernels = implementation(backend)
     chunks = _Chunks(hidden, head, saved[3] != 0, chunk_size)
     totals = _Totals(hidden, head, needs)
+    tolerance = None
+    if grad_tolerance > 0 and len(hidden) > 0:
+        # Of the entropies' gradients before they are multiplied, as that of a mean is.
+        tolerance = grad_tolerance * torch.stack([g.abs().amax() for g in upstream if g is not None]).amax()
     for index, h in chunks:
         z, slope = chunks.logits(h)
         t, *grads = (None if x is None else x[index].contiguous() for x in (target, *upstream))
         variance = varentropy[index] if varentropy.numel() > 0 else varentropy
-        operators.row_gradient(z[None], saved[:, index].contiguous(), variance, t, *grads, z[None])
-        totals.add(index, h, _through_softcap(z, slope), None, grad_tolerance)
+        kernels.row_gradient(z[None], saved[:, index].contiguous(), variance, t, *grads, z[None])
+        totals.add(index, h, _through_softcap(z, slope), None, tolerance)
     return totals.scaled(None)
 
 
@@ -203,34 +236,34 @@ class _Chunks:
     """The chunks of the rows that count, and the memory their logits are made in."""
 
     def __init__(self, hidden: Tensor, head: Head, kept: Tensor | None, chunk_size: int) -> None:
-        self.head = head
-        self.rows = None
-        if kept is not None and hidden.device.type == "cpu":
-            self.rows = kept.nonzero().squeeze(-1)
-        elif kept is not None:
-            # Garbage times a gradient of 0 would be NaN in the gradient of the weight.
-            hidden = hidden.masked_fill(~kept.unsqueeze(-1), 0)
-        self.hidden = hidden
+        self.hidden, self.head, self.kept = hidden, head, kept
+        self.rows = kept.nonzero().squeeze(-1) if kept is not None and operators.host_sees(kept) else None
         self.count = len(hidden) if self.rows is None else len(self.rows)
         # Equal chunks rather than a small last one.
-        self.size = -(-self.count // max(1, -(-self.count // chunk_size)))
+        size = -(-self.count // max(1, -(-self.count // chunk_size)))
+        whole = -(-size // ROWS) * ROWS
+        self.size = max(1, min(whole, self.count) if whole <= chunk_size else size)
         self._logits: Tensor | None = None
         self._slope: Tensor | None = None
 
     def __iter__(self) -> Iterator[tuple[RowIndex, Tensor]]:
-        for start in range(0, self.count, max(1, self.size)):
-            if self.rows is None:
-                index: RowIndex = slice(start, min(start + self.size, self.count))
-            else:
-                index = self.rows[start : start + self.size]
-            yield index, self.hidden[index]
+        for start in range(0, self.count, self.size):
+            if self.rows is not None:
+                index: RowIndex = self.rows[start : start + self.size]
+                yield index, self.hidden[index]
+                continue
+            index = slice(start, min(start + self.size, self.count))
+            h = self.hidden[index]
+            # Garbage times a gradient of 0 would be NaN in the gradient of the weight.
+            yield index, h if self.kept is None else h.masked_fill(~self.kept[index].unsqueeze(-1), 0)
 
     def logits(self, h: Tensor, *, with_slope: bool = True) -> tuple[Tensor, Tensor | None]:
         """Those of a chunk, and their derivative by what softcap was given; both overwritten by the next chunk's."""
         weight, bias, softcap, _ = self.head
+        vocab = weight.shape[0]
         if self._logits is None:
-            self._logits = h.new_empty(self.size, weight.shape[0], dtype=self.head.logits_dtype())
-        z = self._logits[: len(h)]
+            self._logits = h.new_empty(self.size, -(-vocab // _ALIGNED) * _ALIGNED, dtype=self.head.logits_dtype())
+        z = self._logits[: len(h), :vocab]
         _matmul(h, weight.t(), out=z)
         if bias is not None:
             z += bias
@@ -241,7 +274,7 @@ class _Chunks:
         if with_slope:
             if self._slope is None:
                 self._slope = torch.empty_like(self._logits)
-            slope = torch.mul(z, z, out=self._slope[: len(h)]).neg_().add_(1)
+            slope = torch.mul(z, z, out=self._slope[: len(h), :vocab]).neg_().add_(1)
         return z.mul_(softcap), slope
 
 
@@ -259,33 +292,43 @@ class _Totals:
         self.bias = self.gradients.bias.to(summed) if needs.bias else None
         self._rounded: Tensor | None = None
 
-    def add(self, index: RowIndex, h: Tensor, gradient: Tensor, scale: Tensor | None, tolerance: float) -> None:
+    def add(
+        self, index: RowIndex, h: Tensor, gradient: Tensor, scale: Tensor | None, tolerance: float | Tensor | None
+    ) -> None:
         if self.bias is not None:
             self.bias += gradient.sum(dim=0, dtype=self.bias.dtype)
-        weight = self.head.weight
         if not (self.needs.hidden or self.needs.weight):
             return
-        active = _active(gradient, tolerance) if tolerance > 0 else None
-        if active is not None:
-            rows, columns = active
-            gradient, h, weight = gradient[rows.unsqueeze(-1), columns].to(h.dtype), h[rows], weight[columns]
-            index = index.start + rows if isinstance(index, slice) else index[rows]
-        elif gradient.dtype != h.dtype:
-            if self._rounded is None:
-                self._rounded = torch.empty_like(gradient, dtype=h.dtype)
-            gradient = self._rounded[: len(h)].copy_(gradient)
-        if self.needs.hidden:
-            product = _float32_product(gradient, weight)
-            self.gradients.hidden[index] = (product if scale is None else product * scale).to(
-                self.gradients.hidden.dtype
-            )
-        if self.weight is not None:
-            if active is None:
+        active = None if tolerance is None else _active(gradient, tolerance)
+        if active is None:
+            if gradient.dtype != h.dtype:
+                if self._rounded is None:
+                    self._rounded = torch.empty_like(gradient, dtype=h.dtype)
+                gradient = self._rounded[: len(h)].copy_(gradient)
+            if self.needs.hidden:
+                self._put(index, _float32_product(gradient, self.head.weight), scale)
+            if self.weight is not None:
                 _add_transposed_product(self.weight, gradient, h)
-            else:
-                part = self.weight[columns]
-                _add_transposed_product(part, gradient, h)
-                self.weight[columns] = part
+            return
+
+        rows, columns = active
+        h = h[rows]
+        product = h.new_zeros(h.shape, dtype=statistics_dtype(h.dtype))
+        for part in columns.split(max(1, _GATHERED_BYTES // (4 * max(*h.shape, 1)))):
+            block = gradient[rows.unsqueeze(-1), part].to(h.dtype)
+            if self.needs.hidden:
+                product += _float32_product(block, self.head.weight[part])
+            if self.weight is not None:
+                total = self.weight[part]
+                _add_transposed_product(total, block, h)
+                self.weight[part] = total
+        if self.needs.hidden:
+            self._put(index.start + rows if isinstance(index, slice) else index[rows], product, scale)
+
+    def _put(self, index: RowIndex, product: Tensor, scale: Tensor | None) -> None:
+        self.gradients.hidden[index] = (product if scale is None else product.mul_(scale)).to(
+            self.gradients.hidden.dtype
+        )
 
     def scaled(self, scale: Tensor | None) -> Gradients:
         for total, gradient in ((self.weight, self.gradients.weight), (self.bias, self.gradients.bias)):
@@ -296,18 +339,19 @@ class _Totals:
         return self.gradients
 
 
-def _active(gradient: Tensor, tolerance: float) -> tuple[Tensor, Tensor] | None:
+def _active(gradient: Tensor, tolerance: float | Tensor) -> tuple[Tensor, Tensor] | None:
     """The rows and columns with an entry above the tolerance or NaN; None where they are too many to leave any out."""
-    rows, columns = (~_within(gradient, dim, tolerance) for dim in (1, 0))
-    rows, columns = rows.nonzero().squeeze(-1), columns.nonzero().squeeze(-1)
+    rows, columns = ((~_within(gradient, dim, tolerance)).nonzero().squeeze(-1) for dim in (1, 0))
     if len(rows) * len(columns) > _LARGEST_SHARE_WORTH_COMPACTING * gradient.numel():
         return None
     return rows, columns
 
 
-def _within(gradient: Tensor, dim: int, tolerance: float) -> Tensor:
-    # Without |gradient| in memory; on the CPU, seven times faster than torch.aminmax.
-    return (gradient.amin(dim) >= -tolerance) & (gradient.amax(dim) <= tolerance)
+def _within(gradient: Tensor, dim: int, tolerance: float | Tensor) -> Tensor:
+    # Without |gradient| in memory; on the CPU, seven times faster than torch.aminmax. In float32, since a comparison
+    # with 16 bits rounds the tolerance.
+    lowest, highest = (x.to(statistics_dtype(x.dtype)) for x in (gradient.amin(dim), gradient.amax(dim)))
+    return (lowest >= -tolerance) & (highest <= tolerance)
 
 
 def _through_softcap(gradient: Tensor, slope: Tensor | None) -> Tensor:
@@ -317,7 +361,8 @@ def _through_softcap(gradient: Tensor, slope: Tensor | None) -> Tensor:
 def _new_statistics(
     hidden: Tensor, target: Tensor | None, varentropy: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dtype, rows = statistics_dtype(hidden.dtype), len(hidden)
+    # Not len(): that would fix a dynamic size while tracing.
+    dtype, rows = statistics_dtype(hidden.dtype), hidden.shape[0]
     return (
         hidden.new_empty(rows, dtype=dtype),
         hidden.new_empty(rows, dtype=dtype),
@@ -334,18 +379,23 @@ def _new_gradients(hidden: Tensor, head: Head, needs: Needs) -> Gradients:
     return Gradients(
         hidden.new_empty(hidden.shape if needs.hidden else (0,), dtype=dtype),
         weight.new_empty(weight.shape if needs.weight else (0,), dtype=dtype),
-        weight.new_empty(len(weight) if needs.bias else 0, dtype=dtype),
+        weight.new_empty(weight.shape[0] if needs.bias else 0, dtype=dtype),
     )
 
 
 # -------------------------------------------------------------------------------------- matmuls that keep their float32
 
 
+def _has_float32_output(operand: Tensor) -> bool:
+    """Whether torch.mm multiplies 16-bit operands to a float32 result here. Not every ROCm build does."""
+    return operand.device.type == "cuda" and torch.version.hip is None
+
+
 def _matmul(a: Tensor, b: Tensor, *, out: Tensor) -> None:
     """a @ b in out's dtype, which may be float32 where the operands' is not."""
     if out.dtype == a.dtype:
         torch.mm(a, b, out=out)
-    elif a.device.type == "cuda":
+    elif _has_float32_output(a):
         torch.mm(a, b, out_dtype=out.dtype, out=out)
     else:
         wide = a.to(out.dtype)
@@ -359,7 +409,7 @@ def _float32_product(gradient: Tensor, weight: Tensor) -> Tensor:
     dtype = statistics_dtype(gradient.dtype)
     if gradient.dtype == dtype:
         return gradient @ weight
-    if gradient.device.type == "cuda":
+    if _has_float32_output(gradient):
         return torch.mm(gradient, weight, out_dtype=dtype)
     product = gradient.new_zeros(len(gradient), weight.shape[1], dtype=dtype)
     for columns in range(0, len(weight), _CONVERTED_COLUMNS):
@@ -372,7 +422,7 @@ def _add_transposed_product(total: Tensor, gradient: Tensor, h: Tensor) -> None:
     """Adds gradient.T @ h, (V, rows) by (rows, D), to the float32 total."""
     if gradient.dtype == total.dtype:
         total.addmm_(gradient.t(), h)
-    elif gradient.device.type == "cuda":
+    elif _has_float32_output(gradient):
         torch.addmm(total, gradient.t(), h, out_dtype=total.dtype, out=total)
     else:
         wide = h.to(total.dtype)

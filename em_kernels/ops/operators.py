@@ -152,6 +152,11 @@ def _(logits, *_):
     return new_statistics(logits), new_gradient(logits)
 
 
+def host_sees(tensor: Tensor) -> bool:
+    """Whether an implementation may look at values: without a device synchronisation, that is."""
+    return tensor.device.type == "cpu"
+
+
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 

@@ -102,12 +102,24 @@ def test_heads_that_cannot_be_seen_through() -> None:
 
     model = _make("tied")
     model.lm_head.weight = nn.Parameter(torch.empty(0))
-    with pytest.raises(UsageError, match="output projection is sharded"):
+    with pytest.raises(UsageError, match="output projection is sharded or offloaded"):
         find_head(model)
 
     model = _make("tied")
     model.get_output_embeddings = lambda: None
     with pytest.raises(UsageError, match="no output projection"):
+        find_head(model)
+
+
+@pytest.mark.parametrize("how", ["a hook", "another forward"])
+def test_a_projection_that_is_not_its_weight_is_noticed(how: str) -> None:
+    model = _make("tied")
+    if how == "a hook":
+        model.lm_head.register_forward_hook(lambda module, inputs, output: output * 0.3)
+    else:
+        forward = model.lm_head.forward
+        model.lm_head.forward = lambda hidden: forward(hidden) * 0.3
+    with pytest.raises(UsageError, match="does something of its own between its output projection and its logits"):
         find_head(model)
 
 

@@ -76,20 +76,25 @@ def test_gradients_of_the_head_are_those_of_float64(real: tuple[Any, Rollout], g
         assert _difference(ours.grad, theirs.grad) < (1e-5 if grad_tolerance == 0 else 1e-3)
 
 
-# In bfloat16 the logits are rounded before the loss reads them, and rounding is all there is between the two.
-@pytest.mark.parametrize(("dtype", "within"), [("float32", 1e-4), ("bfloat16", 2**-8)])
-def test_both_losses_take_the_same_step(real: tuple[Any, Rollout], dtype: str, within: float) -> None:
-    results = []
-    for head_of in (find_head, lambda _: None):
-        model = copy.deepcopy(real[0])
-        stats, gradients = _accumulate(model, real[1], head=head_of(model), dtype=dtype)
-        torch.optim.SGD(model.parameters(), lr=1.0).step()
-        results.append((stats, gradients, dict(model.named_parameters())))
-    (linear, gradients, parameters), (logits, expected, expected_parameters) = results
-    assert linear.tokens == logits.tokens
-    assert linear.loss == pytest.approx(logits.loss, rel=within)
-    assert linear.entropy == pytest.approx(logits.entropy, rel=within)
-    for name, gradient in expected.items():
-        # The way back through the model rounds what differs a few times more.
-        assert _difference(gradients[name], gradient) < 4 * within, name
-        assert _difference(parameters[name], expected_parameters[name]) < within, name
+def _step(model: Any, rollout: Rollout, head_of: Any, dtype: str) -> tuple[StepStats, dict[str, Tensor], Any]:
+    model = copy.deepcopy(model)
+    stats, gradients = _accumulate(model, rollout, head=head_of(model), dtype=dtype)
+    torch.optim.SGD(model.parameters(), lr=1.0).step()
+    return stats, gradients, dict(model.named_parameters())
+
+
+def test_both_losses_take_the_same_step(real: tuple[Any, Rollout]) -> None:
+    in_float32 = [_step(*real, head_of, "float32") for head_of in (find_head, lambda _: None)]
+    in_bfloat16 = [_step(*real, head_of, "bfloat16") for head_of in (find_head, lambda _: None)]
+    for (linear, *_), (logits, *_), within in ((*in_float32, 1e-5), (*in_bfloat16, 2**-8)):
+        assert linear.tokens == logits.tokens
+        assert linear.loss == pytest.approx(logits.loss, rel=within)
+        assert linear.entropy == pytest.approx(logits.entropy, rel=within)
+    for name, exact in in_float32[1][1].items():
+        assert _difference(in_float32[0][1][name], exact) < 1e-4, name
+        # bfloat16 moves the gradient by several percent from what it is in float32; the choice of loss by much less.
+        linear, logits = (gradients[name] for _, gradients, _ in in_bfloat16)
+        assert _difference(linear, logits) < 0.5 * _difference(logits, exact), name
+    for results, within in ((in_float32, 1e-6), (in_bfloat16, 2**-8)):
+        for name, parameter in results[1][2].items():
+            assert _difference(results[0][2][name], parameter) < within, name

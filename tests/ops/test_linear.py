@@ -90,15 +90,48 @@ def test_compiles_whole_with_dynamic_shapes(monkeypatch, name, backend):
     compiled = torch.compile(FUNCTIONS[name], fullgraph=True, backend="aot_eager")
     device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
     weight = torch.randn(40, 8, device=device)
-    for batch, time in ((2, 3), (2, 5), (3, 7)):
+    for batch, time, temperature in ((2, 3, 0.7), (2, 5, 0.7), (3, 7, 0.6), (4, 9, 0.5), (5, 11, 0.4)):
         hidden, mask = torch.randn(batch, time, 8, device=device), torch.rand(batch, time, device=device) < 0.7
         results = []
         for function in (FUNCTIONS[name], compiled):
             leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
-            loss = function(*leaves, mask, 0.7, backend)
+            loss = function(*leaves, mask, temperature, backend)
             loss.backward()
             results.append((loss, *(leaf.grad for leaf in leaves)))
         for expected, actual in zip(*results, strict=True):
             torch.testing.assert_close(actual, expected)
+    # One for the first shape, one when the time turns out to change, one for the batch and the temperature.
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
     torch._dynamo.reset()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_matmuls_of_16_bits_keep_their_float32(dtype):
+    gradient, h = torch.randn(256, 512, device="cuda", dtype=dtype), torch.randn(256, 64, device="cuda", dtype=dtype)
+    weight = torch.randn(512, 64, device="cuda", dtype=dtype)
+    total = torch.randn(512, 64, device="cuda")
+    # Rows as they lie in the scratch, and a total that has something in it.
+    logits = torch.empty(256, 576, device="cuda")[:, :512]
+    linear._matmul(h, weight.T, out=logits)
+    expected_total = total.double() + gradient.double().T @ h.double()
+    linear._add_transposed_product(total, gradient, h)
+    for actual, expected in (
+        (logits, h.double() @ weight.double().T),
+        (linear._float32_product(gradient, weight), gradient.double() @ weight.double()),
+        (total, expected_total),
+    ):
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.gpu
+def test_without_tolerance_nothing_waits_for_the_device():
+    hidden, weight = (torch.randn(n, 64, device="cuda", requires_grad=True) for n in (500, 3000))
+    mask = torch.rand(500, device="cuda")
+    linear_entropy_loss(hidden, weight, mask, chunk_size=128).backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        linear_entropy_loss(hidden, weight, mask, chunk_size=128).backward()
+        linear_entropy_loss(hidden, weight, mask, chunk_size=128, reduction="none").sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
