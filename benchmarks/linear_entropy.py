@@ -157,6 +157,8 @@ def contenders(c: Configuration) -> dict[str, Contender]:
     found["entropy_loss on logits"] = both(lambda h, w: entropy_loss(h @ w.T, temperature=_TEMPERATURE))
     found["ours"] = both(ours)
     found["ours, grad_tolerance 1e-6"] = both(partial(ours, grad_tolerance=_TOLERANCE))
+    if c.dtype != "float32":
+        found["ours, float32 logits"] = both(partial(ours, logits_dtype=torch.float32))
     found["ours, frozen weight"] = both(ours, needs_weight=False)
     return found
 

@@ -176,6 +176,12 @@ def plot_linear(rows: list[Row], file: Path) -> None:
     figure = Figure(figsize=(7, 3), layout="constrained")
     axes = figure.subplots()
     measured = [row for row in rows if "extra_bytes" in row]
+    # Of the operands that were measured at the most numbers of tokens.
+    series: dict[tuple[int, int], set[int]] = {}
+    for row in measured:
+        series.setdefault((row["dim"], row["vocab"]), set()).add(row["rows"])
+    shape = max(series, key=lambda key: len(series[key]), default=None)
+    measured = [row for row in measured if (row["dim"], row["vocab"]) == shape]
     for contender, color in (("eager", "#b0b0b0"), ("entropy_loss on logits", "#7fb2d9"), ("ours", "#1f77b4")):
         points = sorted((row["rows"], row["extra_bytes"] / 2**30) for row in measured if row["contender"] == contender)
         if points:

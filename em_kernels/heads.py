@@ -9,8 +9,8 @@ from em_kernels import inputs
 from em_kernels.ops.linear import ROWS, Head
 from em_kernels.ops.operators import statistics_dtype
 
-# Of scratch for a chunk: at 152k bfloat16, 1,280 tokens, which keep a GPU's matmul at its full rate. Of 512 MB in all,
-# the rest is for what `grad_tolerance` gathers. On the CPU, a quarter does; more only costs the time to map it.
+# Of scratch for a chunk: at 152k bfloat16, 1,280 tokens, which keep a GPU's matmul at its full rate. `grad_tolerance`
+# gathers 96 MB more: 512 MB in all. On the CPU, less does; more only costs the time to map it.
 _SCRATCH_BYTES = 400 << 20
 _SCRATCH_BYTES_ON_CPU = 128 << 20
 

@@ -41,7 +41,7 @@ def linear_entropy_loss(
         reduction: "mean" = sum(w H) / sum(w), "sum" = sum(w H), or "none" = w H. A mean over no tokens is 0.
         num_items_in_batch: an int or 0-d tensor that replaces sum(w) as the divisor of "mean"; 0 leaves the sum.
         chunk_size: tokens whose logits are held at a time; None takes what fits into 512 MB of scratch (on the
-            CPU, 128 MB).
+            CPU, 128 MB, or 224 MB with grad_tolerance).
         grad_tolerance: entries of the logits' gradient, before the division by sum(w), that may be left out of the
             gradients; see below. 0 leaves out nothing.
         logits_dtype: torch.float32 keeps the float32 result of a 16-bit matmul unrounded, for twice the scratch; None
@@ -62,9 +62,9 @@ def linear_entropy_loss(
         |error of hidden.grad[i, k]| <= grad_tolerance / S * sum_j |weight[j, k]|
         |error of weight.grad[j, k]| <= grad_tolerance / S * sum_i |hidden[i, k]|
 
-    With "none", u is the largest |upstream gradient| of a token. The loss and the gradient of bias are exact. On a GPU
-    the number of rows and columns left costs a synchronisation a chunk. Nothing is left out of a chunk where more than
-    half of it would stay.
+    With "none", u is the largest |w * upstream gradient| of a token. The loss and the gradient of bias are exact. On a
+    GPU the number of rows and columns left costs a synchronisation a chunk. Nothing is left out of a chunk where more
+    than half of it would stay.
     """
     hidden, head, chunk_size = heads.prepare(hidden, weight, bias, softcap, logits_dtype, chunk_size)
     inputs.check_reduction(reduction)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from oracles import assert_entropy, assert_gradient, reference_loss
 
-from em_kernels import entropy_loss, token_entropy, token_stats
+from em_kernels import entropy_loss, linear_entropy_loss, linear_token_stats, token_entropy, token_stats
 
 pytestmark = pytest.mark.gpu
 
@@ -112,6 +112,64 @@ def test_deterministic():
     first, second = run(), run()
     assert torch.equal(first[0], second[0])
     assert torch.equal(first[1], second[1])
+
+
+def linear_operands(rows, dim, vocab, dtype):
+    hidden, weight = (torch.randn(n, dim, device="cuda", dtype=dtype) for n in (rows, vocab))
+    return hidden.requires_grad_(), (weight / dim**0.5).detach().requires_grad_()
+
+
+@pytest.mark.parametrize("function", ["mean", "none", "stats"])
+def test_linear_functions_are_captured_and_do_not_synchronise(function):
+    hidden, weight = linear_operands(500, 64, 3000, torch.bfloat16)
+    mask, temperature = torch.rand(500, device="cuda"), torch.ones(500, device="cuda")
+    items = torch.tensor(300.0, device="cuda") if function == "mean" else None
+
+    def run():
+        hidden.grad = weight.grad = None
+        options = {"mask": mask, "temperature": temperature, "chunk_size": 128}
+        if function == "stats":
+            result = linear_token_stats(hidden, weight, **options).entropy.mean()
+        else:
+            result = linear_entropy_loss(hidden, weight, reduction=function, num_items_in_batch=items, **options).sum()
+        result.backward()
+        return result.detach()
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = run()
+    with torch.no_grad():
+        hidden.normal_()
+    graph.replay()
+    captured = loss.clone(), hidden.grad.clone(), weight.grad.clone()
+    assert torch.equal(run(), captured[0])
+    assert torch.equal(hidden.grad, captured[1])
+    assert torch.equal(weight.grad, captured[2])
+
+
+@pytest.mark.parametrize("grad_tolerance", [0.0, 1e-6])
+def test_linear_peak_memory(grad_tolerance):
+    hidden, weight = linear_operands(16_384, 896, 151_936, torch.bfloat16)
+    mask = torch.rand(16_384, device="cuda")
+    linear_entropy_loss(hidden[:256], weight, mask[:256]).backward()
+    hidden.grad = weight.grad = None
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    linear_entropy_loss(hidden, weight, mask, grad_tolerance=grad_tolerance).backward()
+    extra = torch.cuda.max_memory_allocated() - before
+    outputs = 2 * hidden.numel() + (2 + 4) * weight.numel()
+    assert extra <= outputs + (512 << 20)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -319,6 +319,11 @@ def test_two_runs_agree_bit_for_bit(implementation, dtype):
     arguments = make(implementation, 9, vocab=3000, dtype=dtype)[:2]
     first, second = (check(implementation, *arguments, chunk_size=4, grad_tolerance=0.0) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True) if a is not None)
+    compacted = peaked(implementation, 40, 600, sharpness=1.0)
+    first, second = (
+        gradients(implementation, *(x.to(dtype) for x in compacted), grad_tolerance=1e-3) for _ in range(2)
+    )
+    assert all(map(torch.equal, first, second))
 
 
 def test_weight_gradient_is_summed_in_float32_over_many_chunks():
@@ -399,6 +404,17 @@ def test_what_is_left_out_is_within_the_bound(weighted, sharpness, reduction, to
     divisor = 1 if reduction != "mean" else 40 if mask is None else mask.sum()
     for a, b, bound in zip(exact[1:], left_out[1:], (weight.abs().sum(0), hidden.abs().sum(0)), strict=True):
         assert ((a - b).abs() <= 7 * tolerance / divisor * bound + 1e-12).all()
+
+
+def test_the_tolerance_of_none_takes_no_account_of_masked_tokens(implementation):
+    hidden, weight = peaked(implementation, 64, 600, sharpness=0.6)
+    mask = torch.arange(64, device=implementation.device) < 32
+    upstream = torch.where(mask, 1.0, 1e6)
+    leaf = hidden.requires_grad_()
+    options = {"reduction": "none", "grad_tolerance": 1e-2, "backend": implementation.backend}
+    (linear_entropy_loss(leaf, weight, mask, **options) * upstream).sum().backward()
+    alone = gradients(implementation, hidden[:32], weight, reduction="none", grad_tolerance=1e-2)
+    torch.testing.assert_close(leaf.grad[:32], alone[1], rtol=1e-4, atol=1e-5 * float(alone[1].abs().max()))
 
 
 def test_the_tolerance_of_none_is_that_of_the_mean(implementation):

@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from oracles import assert_entropy, assert_gradient, reference_loss
 
-from em_kernels import entropy_loss
+from em_kernels import entropy_loss, linear_entropy_loss
 
 # A run of the interpreter takes 50 ms, of the others 1 ms.
 EXAMPLES = {"pytorch": 150, "pytorch off cpu": 150, "compiled": 150, "triton": 25}
@@ -56,5 +56,50 @@ def test_loss_and_gradient_match_the_reference(implementation):
         loss.sum().backward()
         assert_entropy(loss, expected)
         assert_gradient(logits.grad, expected_gradient, logits.dtype)
+
+    check()
+
+
+@st.composite
+def linear_cases(draw) -> dict[str, Any]:
+    """One call of the linear loss, with logits that are exact in float32."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
+    shape = draw(st.sampled_from([(5,), (1,), (2, 3), (0,), (300,)]))
+    vocab, dim = draw(st.one_of(st.integers(1, 40), st.sampled_from([129, 1000]))), draw(st.integers(1, 40))
+    weights = torch.rand(shape, generator=generator) * (torch.rand(shape, generator=generator) < 0.7)
+    temperature = draw(st.sampled_from([0.5, 2.5, 50.0, "per token"]))
+    banned = torch.rand(vocab, generator=generator) < draw(st.sampled_from([0.0, 0.5]))
+    banned[0] = False
+    return {
+        "hidden": torch.randint(-8, 9, (*shape, dim), generator=generator) / 8,
+        "weight": torch.randint(-16, 17, (vocab, dim), generator=generator) / 8,
+        "bias": draw(st.sampled_from([None, torch.where(banned, -torch.inf, 0.5)])),
+        "mask": draw(st.sampled_from([None, weights > 0, weights])),
+        "temperature": torch.rand(shape, generator=generator) * 3 + 0.1 if temperature == "per token" else temperature,
+        "reduction": draw(st.sampled_from(["mean", "sum", "none"])),
+        "chunk_size": draw(st.sampled_from([None, 1, 4, 129])),
+    }
+
+
+def test_linear_loss_and_gradients_match_the_reference(implementation):
+    @settings(max_examples=EXAMPLES[implementation.name], deadline=None, suppress_health_check=list(HealthCheck))
+    @given(case=linear_cases())
+    def check(case):
+        hidden, weight, bias = (case[k] for k in ("hidden", "weight", "bias"))
+        z = hidden.double() @ weight.double().T + (0.0 if bias is None else bias.double())
+        expected, g = reference_loss(z, case["mask"], temperature=case["temperature"], reduction=case["reduction"])
+        on_device = {k: v.to(implementation.device) if isinstance(v, torch.Tensor) else v for k, v in case.items()}
+        leaves = [on_device.pop(k).requires_grad_() for k in ("hidden", "weight")]
+        loss = linear_entropy_loss(*leaves, backend=implementation.backend, **on_device)
+        loss.sum().backward()
+        assert_entropy(loss, expected)
+        g, h = g.reshape(-1, g.shape[-1]), hidden.double().reshape(-1, hidden.shape[-1])
+        largest = g.abs().amax(-1, keepdim=True).expand_as(g)
+        for leaf, exact, size in (
+            (leaves[0], g @ weight.double(), largest @ weight.double().abs()),
+            (leaves[1], g.T @ h, largest.T @ h.abs()),
+        ):
+            error = (leaf.grad.cpu().double().reshape(exact.shape) - exact).abs()
+            assert (error <= 3e-6 * size + 1e-30).all()
 
     check()

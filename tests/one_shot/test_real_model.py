@@ -76,6 +76,26 @@ def test_gradients_of_the_head_are_those_of_float64(real: tuple[Any, Rollout], g
         assert _difference(ours.grad, theirs.grad) < (1e-5 if grad_tolerance == 0 else 1e-3)
 
 
+@pytest.mark.parametrize("grad_tolerance", [1e-6, 1e-3])
+def test_what_is_left_out_is_within_the_bound(real: tuple[Any, Rollout], grad_tolerance: float) -> None:
+    model, rollout = real
+    head = find_head(model)
+    with torch.no_grad():
+        hidden = completion_hidden(model, rollout, head)[rollout.completion_mask].double()
+    weight = head.module.weight.detach().double()
+    results = []
+    for tolerance in (0.0, grad_tolerance):
+        operands = [x.clone().requires_grad_() for x in (hidden, weight)]
+        linear_entropy_loss(*operands, temperature=TAU, chunk_size=20, grad_tolerance=tolerance).backward()
+        results.append([x.grad for x in operands])
+    for exact, left_out, size in zip(*results, (weight.abs().sum(0), hidden.abs().sum(0)), strict=True):
+        assert exact is not None
+        assert left_out is not None
+        error = (left_out - exact).abs()
+        assert error.max() > 0, "nothing was left out"
+        assert (error <= grad_tolerance / len(hidden) * size + 1e-12).all()
+
+
 def _step(model: Any, rollout: Rollout, head_of: Any, dtype: str) -> tuple[StepStats, dict[str, Tensor], Any]:
     model = copy.deepcopy(model)
     stats, gradients = _accumulate(model, rollout, head=head_of(model), dtype=dtype)
