@@ -7,8 +7,6 @@ errors against float64 as defined in accuracy.py. `torch.nn.functional.cross_ent
 and a normaliser, no sum over the distribution: it is there as the loss that everyone knows the cost of.
 """
 
-import gc
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -17,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from accuracy import Reference, draw_logits
 from memory import extra_bytes_in_fresh_process, extra_bytes_on_gpu
-from timing import Arguments, Call, Timing, append_row, error_text, machine, measure, slots_beyond_cache, synchronize
+from timing import Arguments, Call, Timing, error_text, measure, run_all, slots_beyond_cache
 from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax, softmax
 
@@ -282,6 +280,13 @@ def _prepare(c: Configuration, name: tuple[str, str]) -> Callable[[], Any]:
     return partial(contenders(c, target)[name].call, logits)
 
 
+def header(c: Configuration) -> str:
+    return (
+        f"{c.dtype} {c.rows} x {c.vocab} {c.logits}\n{'':48} {'ms':>9} {'p20':>9} {'p80':>9} {'/ copy':>7} "
+        f"{'/ bytes':>7} {'extra MiB':>9} {'loss err':>8} {'grad err':>8}"
+    )
+
+
 def line(row: dict[str, Any]) -> str:
     start = f"{row['contender']:>30} {row['variant']:<17}"
     if "error" in row:
@@ -297,28 +302,7 @@ def line(row: dict[str, Any]) -> str:
 
 def main() -> None:
     folder, size, device = Arguments(__doc__).read()
-    where = machine(device)
-    print(where)
-    for c in configurations(size, device.type):
-        print(
-            f"\n{c.dtype} {c.rows} x {c.vocab} {c.logits}\n{'':48} {'ms':>9} {'p20':>9} {'p80':>9} {'/ copy':>7} "
-            f"{'/ bytes':>7} {'extra MiB':>9} {'loss err':>8} {'grad err':>8}",
-            flush=True,
-        )
-        try:
-            for row in run(c):
-                append_row(folder / "entropy_loss.jsonl", row | {"machine": where})
-                print(line(row), flush=True)
-        except Exception as error:  # Out of memory for the logits themselves: the next shape may fit.
-            print(error_text(error), file=sys.stderr)
-            append_row(
-                folder / "entropy_loss.jsonl",
-                {"benchmark": "entropy_loss", **asdict(c), "error": error_text(error), "machine": where},
-            )
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        synchronize(device)
+    run_all("entropy_loss", folder, device, configurations(size, device.type), run, header, line)
 
 
 if __name__ == "__main__":

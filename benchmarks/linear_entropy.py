@@ -11,7 +11,6 @@ On the CPU the operands are a real model's: the output projection of SmolLM2-135
 own completions. Elsewhere they are drawn so that the distributions are about as peaked.
 """
 
-import gc
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -20,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from entropy_loss import clean, eager
 from memory import extra_bytes_in_fresh_process, extra_bytes_on_gpu
-from timing import Arguments, Call, Timing, append_row, error_text, machine, measure, slots_beyond_cache, synchronize
+from timing import Arguments, Call, Timing, error_text, measure, run_all, slots_beyond_cache
 from torch import Tensor
 
 from em_kernels import entropy_loss, linear_entropy_loss
@@ -250,6 +249,13 @@ def _prepare(c: Configuration, name: str) -> Callable[[], Any]:
     return partial(contenders(c)[name].call, draw(c))
 
 
+def header(c: Configuration) -> str:
+    return (
+        f"{c.model} {c.dtype} {c.rows} tokens, D {c.dim}, V {c.vocab}\n{'':28} {'ms':>9} {'p20':>9} {'p80':>9} "
+        f"{'/matmuls':>8} {'extra MiB':>9} {'loss':>8} {'hidden':>8} {'weight':>8}"
+    )
+
+
 def line(row: dict[str, Any]) -> str:
     start = f"{row['contender']:>28}"
     if "error" in row:
@@ -263,28 +269,7 @@ def line(row: dict[str, Any]) -> str:
 
 def main() -> None:
     folder, size, device = Arguments(__doc__).read()
-    where = machine(device)
-    print(where)
-    for c in configurations(size, device.type):
-        print(
-            f"\n{c.model} {c.dtype} {c.rows} tokens, D {c.dim}, V {c.vocab}\n{'':28} {'ms':>9} {'p20':>9} {'p80':>9} "
-            f"{'/matmuls':>8} {'extra MiB':>9} {'loss':>8} {'hidden':>8} {'weight':>8}",
-            flush=True,
-        )
-        try:
-            for row in run(c):
-                append_row(folder / "linear_entropy.jsonl", row | {"machine": where})
-                print(line(row), flush=True)
-        except Exception as error:  # Out of memory for the reference itself: the next shape may fit.
-            print(error_text(error), flush=True)
-            append_row(
-                folder / "linear_entropy.jsonl",
-                {"benchmark": "linear_entropy", **asdict(c), "error": error_text(error), "machine": where},
-            )
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        synchronize(device)
+    run_all("linear_entropy", folder, device, configurations(size, device.type), run, header, line)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,16 @@ host's time to enqueue a call on a GPU, the clock is perf_counter.
 """
 
 import argparse
+import gc
 import json
 import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -234,3 +237,31 @@ class Arguments(argparse.ArgumentParser):
             options.size,
             torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu")),
         )
+
+
+def run_all(
+    name: str,
+    folder: Path,
+    device: torch.device,
+    configurations: Iterable[Any],
+    run: Callable,
+    header: Callable,
+    line: Callable,
+) -> None:
+    """Appends the rows of `run(configuration)` to FOLDER/NAME.jsonl as they come, and prints them; failures too."""
+    where = machine(device)
+    print(where)
+    file = folder / f"{name}.jsonl"
+    for c in configurations:
+        print(f"\n{header(c)}", flush=True)
+        try:
+            for row in run(c):
+                append_row(file, row | {"machine": where})
+                print(line(row), flush=True)
+        except Exception as error:  # Out of memory for the inputs themselves: the next shape may fit.
+            print(error_text(error), file=sys.stderr)
+            append_row(file, {"benchmark": name, **asdict(c), "error": error_text(error), "machine": where})
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        synchronize(device)

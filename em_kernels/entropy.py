@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from em_kernels import inputs
+from em_kernels import inputs, reductions
 from em_kernels.ops import operators
 
 
@@ -46,9 +46,7 @@ def entropy_loss(
     float16, whose gradient underflows unless it is made after the loss scale is known.
     """
     inputs.check_logits(logits)
-    inputs.check_reduction(reduction)
-    if num_items_in_batch is not None:
-        inputs.check_num_items(num_items_in_batch, reduction)
+    reductions.check_reduction(reduction, num_items_in_batch)
     backend = inputs.choose_backend(backend, logits)
     weight = None if mask is None else inputs.flatten_mask(mask, logits)
     rows, (row_temperature, common_temperature) = (
@@ -68,7 +66,7 @@ def entropy_loss(
             "inplace_backward needs logits with a contiguous last dimension and at most two strides between tokens, "
             f"given logits of shape {tuple(logits.shape)} and strides {logits.stride()}"
         )
-    divisor, count = inputs.mean_divisor(logits, weight, num_items_in_batch) if reduction == "mean" else (None, 1)
+    divisor, count = reductions.divisor_of(reduction, logits, weight, num_items_in_batch)
 
     if reduction != "none" and needs_grad and logits.dtype != torch.float16:
         return operators.entropy_with_gradient(
@@ -90,12 +88,7 @@ def entropy_loss(
         backend=backend,
         inplace_backward=inplace_backward,
     )
-    if weight is not None and weight.is_floating_point():
-        entropy = entropy * weight
-    if reduction == "none":
-        return entropy.view(logits.shape[:-1])
-    loss = entropy.sum() / count
-    return loss if divisor is None else loss / torch.where(divisor == 0, 1, divisor)
+    return reductions.reduce(entropy, weight, divisor, count, reduction, logits.shape[:-1])
 
 
 class EntropyLoss(nn.Module):

@@ -13,7 +13,6 @@ from em_kernels.ops.operators import statistics_dtype
 
 # 1 / tau and log2(e) / tau are float32 numbers, with room for the distances between logits they are multiplied with.
 _LOWEST_TEMPERATURE, _HIGHEST_TEMPERATURE = 1e-30, 1e30
-_REDUCTIONS = ("mean", "sum", "none")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -21,11 +20,6 @@ def check_logits(logits: Tensor) -> None:
     check_floats("logits", logits)
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits has shape {tuple(logits.shape)}, expected (..., V) with V at least 1")
-
-
-def check_reduction(reduction: str) -> None:
-    if reduction not in _REDUCTIONS:
-        raise ValueError(f"reduction is {reduction!r}, expected one of {', '.join(map(repr, _REDUCTIONS))}")
 
 
 def choose_backend(backend: str | None, source: Tensor) -> str:
@@ -111,32 +105,6 @@ def flatten_temperature(
         scalar = torch.ones((), dtype=dtype, device=source.device) * temperature
         return scalar.expand(source.shape[:-1]).reshape(-1).contiguous(), 1.0
     return None, temperature
-
-
-def check_num_items(num_items: int | Tensor, reduction: str) -> None:
-    if reduction != "mean":
-        raise ValueError(f"num_items_in_batch is the divisor of reduction='mean', given with reduction={reduction!r}")
-    if isinstance(num_items, Tensor):
-        if num_items.dim() != 0:
-            raise ValueError(f"num_items_in_batch has shape {tuple(num_items.shape)}, expected an int or a 0-d tensor")
-        if values_visible(num_items) and num_items.item() < 0:
-            raise ValueError(f"num_items_in_batch is {num_items.item()}, expected at least 0")
-        return
-    if isinstance(num_items, bool) or not isinstance(num_items, (int, torch.SymInt)):
-        raise TypeError(f"num_items_in_batch is a {type(num_items).__name__}, expected an int or a 0-d tensor")
-    if num_items < 0:
-        raise ValueError(f"num_items_in_batch is {num_items}, expected at least 0")
-
-
-def mean_divisor(source: Tensor, weight: Tensor | None, num_items: int | Tensor | None) -> tuple[Tensor | None, int]:
-    """The divisor of the mean over source.shape[:-1], as a tensor that stays on the device, and as a number."""
-    dtype = statistics_dtype(source.dtype)
-    if isinstance(num_items, Tensor):
-        return num_items.detach().to(source.device, dtype, non_blocking=True), 1
-    if num_items is None and weight is not None:
-        return weight.sum(dtype=dtype), 1
-    count = source.shape[:-1].numel() if num_items is None else num_items
-    return None, count if count != 0 else 1
 
 
 def values_visible(tensor: Tensor) -> bool:

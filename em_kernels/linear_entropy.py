@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from em_kernels import heads, inputs
+from em_kernels import heads, inputs, reductions
 from em_kernels.ops import linear
 
 
@@ -67,9 +67,7 @@ def linear_entropy_loss(
     than half of it would stay.
     """
     hidden, head, chunk_size = heads.prepare(hidden, weight, bias, softcap, logits_dtype, chunk_size)
-    inputs.check_reduction(reduction)
-    if num_items_in_batch is not None:
-        inputs.check_num_items(num_items_in_batch, reduction)
+    reductions.check_reduction(reduction, num_items_in_batch)
     inputs.check_number("grad_tolerance", grad_tolerance)
     if not 0 <= grad_tolerance < float("inf"):
         raise ValueError(f"grad_tolerance is {grad_tolerance}, expected a finite number of at least 0")
@@ -85,7 +83,7 @@ def linear_entropy_loss(
     needs = linear.Needs(
         *(x is not None and x.requires_grad and torch.is_grad_enabled() for x in (hidden, head.weight, head.bias))
     )
-    divisor, count = inputs.mean_divisor(hidden, row_weight, num_items_in_batch) if reduction == "mean" else (None, 1)
+    divisor, count = reductions.divisor_of(reduction, hidden, row_weight, num_items_in_batch)
     if reduction != "none" and any(needs):
         return linear.entropy_with_gradient(
             rows, head, row_weight, divisor, count, *temperatures, needs=needs, **options
@@ -93,12 +91,7 @@ def linear_entropy_loss(
 
     kept = None if row_weight is None else row_weight != 0
     entropy, *_ = linear.row_statistics(rows, head, kept, *temperatures, **options)
-    if row_weight is not None and row_weight.is_floating_point():
-        entropy = entropy * row_weight
-    if reduction == "none":
-        return entropy.view(hidden.shape[:-1])
-    loss = entropy.sum() / count
-    return loss if divisor is None else loss / torch.where(divisor == 0, 1, divisor)
+    return reductions.reduce(entropy, row_weight, divisor, count, reduction, hidden.shape[:-1])
 
 
 class LinearEntropyLoss(nn.Module):

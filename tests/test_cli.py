@@ -150,6 +150,8 @@ def test_full_disk(capsys: pytest.CaptureFixture[str], tiny_folder: Path, tmp_pa
 
 def _start(*arguments: str, **options: Any) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "em_kernels.cli", *arguments]
+    # Where the tests themselves run in the background, Ctrl-C is ignored, and a process inherits that.
+    options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 

@@ -202,6 +202,16 @@ def test_options_of_the_linear_loss(options, message):
         linear_entropy_loss(HIDDEN, WEIGHT, **options)
 
 
+@pytest.mark.parametrize("name", ["hidden", "weight"])
+def test_sharded_operands(name):
+    operands = {"hidden": HIDDEN, "weight": WEIGHT}
+    # As a DTensor has it, which takes a process group to make.
+    operands[name] = operands[name].clone()
+    operands[name].full_tensor = lambda: None
+    with pytest.raises(TypeError, match=f"{name} is a DTensor, expected a whole tensor"):
+        linear_entropy_loss(**operands)
+
+
 def test_grad_tolerance_that_is_no_number():
     with pytest.raises(TypeError, match="grad_tolerance is a NoneType, expected a float"):
         linear_entropy_loss(HIDDEN, WEIGHT, grad_tolerance=None)

@@ -83,8 +83,8 @@ FUNCTIONS = {
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_compiles_whole_with_dynamic_shapes(monkeypatch, name, backend):
-    monkeypatch.setenv("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
+def test_compiles_whole_with_dynamic_shapes(monkeypatch, tmp_path, name, backend):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compiled = torch.compile(FUNCTIONS[name], fullgraph=True, backend="aot_eager")
