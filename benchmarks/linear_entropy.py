@@ -57,11 +57,8 @@ class Operands(NamedTuple):
     weight: Tensor
 
 
-class Contender(NamedTuple):
-    """`call(operands)` returns the loss and the gradients of hidden and weight, None where it makes none."""
-
-    call: Callable[[Operands], tuple[Tensor | None, ...]]
-    needs_weight: bool = True
+# Returns the loss and the gradients of hidden and of weight, None where it makes none.
+Contender = Callable[[Operands], tuple[Tensor | None, ...]]
 
 
 def configurations(size: str, device: str) -> Iterator[Configuration]:
@@ -134,7 +131,7 @@ def contenders(c: Configuration) -> dict[str, Contender]:
             value = loss(operands.hidden, weight)
             return value.detach(), *torch.autograd.grad(value, wanted)
 
-        return Contender(call, needs_weight)
+        return call
 
     # What the forward makes is as large as all logits; the chunked loss needs no such thing, so it is not timed.
     scratch = torch.empty(c.rows, c.vocab, dtype=getattr(torch, c.dtype), device=c.device) if c.time else None
@@ -147,7 +144,7 @@ def contenders(c: Configuration) -> dict[str, Contender]:
 
     ours = partial(linear_entropy_loss, temperature=_TEMPERATURE)
     found = {
-        "three matmuls": Contender(matmuls),
+        "three matmuls": matmuls,
         "eager": both(lambda h, w: eager((h @ w.T) / _TEMPERATURE)),
     }
     if c.compiled:
@@ -216,7 +213,7 @@ def run(c: Configuration) -> Iterator[dict[str, Any]]:
             for _ in range(slots_beyond_cache(operand_bytes, device))
         ]
         torch.compiler.reset()
-        calls = {name: Call(lambda slot, call=contender.call: call(slots[slot])) for name, contender in every.items()}
+        calls = {name: Call(lambda slot, call=contender: call(slots[slot])) for name, contender in every.items()}
 
         def check(name: str, result: tuple[Tensor | None, ...]) -> None:
             errors[name] = exact.errors(result)
@@ -237,7 +234,7 @@ def run(c: Configuration) -> Iterator[dict[str, Any]]:
                 found["over_matmuls"] = timing.seconds / floor.seconds
         try:
             if device.type == "cuda":
-                found["extra_bytes"] = extra_bytes_on_gpu(partial(every[name].call, slots[0]))
+                found["extra_bytes"] = extra_bytes_on_gpu(partial(every[name], slots[0]))
             elif c.model == "drawn":
                 found["extra_bytes"] = extra_bytes_in_fresh_process(_prepare, c, name)
         except Exception as error:
@@ -246,7 +243,7 @@ def run(c: Configuration) -> Iterator[dict[str, Any]]:
 
 
 def _prepare(c: Configuration, name: str) -> Callable[[], Any]:
-    return partial(contenders(c)[name].call, draw(c))
+    return partial(contenders(c)[name], draw(c))
 
 
 def header(c: Configuration) -> str:

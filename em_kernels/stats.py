@@ -61,7 +61,7 @@ def token_stats(
     inputs.check_logits(logits)
     mask = None if mask is None else inputs.flatten_mask(mask, logits) != 0
     target = None if target is None else inputs.flatten_target(target, logits, mask, logits.shape[-1])
-    entropy, lse, logprob, varentropy = operators.row_statistics(
+    statistics = operators.row_statistics(
         inputs.flatten_logits(logits),
         mask,
         *inputs.flatten_temperature(temperature, logits),
@@ -69,13 +69,7 @@ def token_stats(
         varentropy=True,
         backend=inputs.choose_backend(backend, logits),
     )
-    shape = logits.shape[:-1]
-    return TokenStats(
-        entropy.view(shape),
-        lse.view(shape),
-        None if target is None else logprob.view(shape),
-        varentropy.view(shape),
-    )
+    return _token_stats(statistics, target, logits.shape[:-1])
 
 
 def linear_token_stats(
@@ -120,7 +114,7 @@ def linear_token_stats(
     hidden, head, chunk_size = heads.prepare(hidden, weight, bias, softcap, logits_dtype, chunk_size)
     mask = None if mask is None else inputs.flatten_mask(mask, hidden, "hidden") != 0
     target = None if target is None else inputs.flatten_target(target, hidden, mask, len(weight), "hidden")
-    entropy, lse, logprob, varentropy = linear.row_statistics(
+    statistics = linear.row_statistics(
         hidden.reshape(-1, hidden.shape[-1]),
         head,
         mask,
@@ -130,13 +124,7 @@ def linear_token_stats(
         chunk_size=chunk_size,
         backend=inputs.choose_backend(backend, hidden),
     )
-    shape = hidden.shape[:-1]
-    return TokenStats(
-        entropy.view(shape),
-        lse.view(shape),
-        None if target is None else logprob.view(shape),
-        varentropy.view(shape),
-    )
+    return _token_stats(statistics, target, hidden.shape[:-1])
 
 
 @torch.no_grad()
@@ -169,3 +157,15 @@ def token_entropy(
         backend=inputs.choose_backend(backend, logits),
     )
     return entropy.view(logits.shape[:-1])
+
+
+def _token_stats(
+    statistics: tuple[Tensor, Tensor, Tensor, Tensor], target: Tensor | None, shape: torch.Size
+) -> TokenStats:
+    entropy, lse, logprob, varentropy = statistics
+    return TokenStats(
+        entropy.view(shape),
+        lse.view(shape),
+        None if target is None else logprob.view(shape),
+        varentropy.view(shape),
+    )

@@ -30,7 +30,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from em_kernels.ops import operators
-from em_kernels.ops.operators import implementation, must_trace, refuse_batched, statistics_dtype
+from em_kernels.ops.operators import (
+    implementation,
+    must_trace,
+    new_row_statistics,
+    refuse_batched,
+    refuse_transforms,
+    statistics_dtype,
+)
 
 # Measured on the CPU, 640 tokens of SmolLM2-135M's head: with a tenth of the columns the two matmuls take 0.15 of their
 # time, gathers included, with half 0.53, with three quarters 0.79. A GPU's gathers cost more of its matmuls' time.
@@ -122,7 +129,7 @@ def row_statistics(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Entropy, lse, log-probability of the target and varentropy per row; the last two empty where not asked for."""
-    must_trace(hidden)  # refuses the transforms that the operator has no rule for
+    refuse_transforms()
     return _row_statistics_op(
         hidden, *head, mask, row_temperature, temperature, target, varentropy, chunk_size, grad_tolerance, backend
     )[:4]
@@ -192,7 +199,7 @@ def _statistics(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     kernels = implementation(backend)
     chunks = _Chunks(hidden, head, mask, chunk_size)
-    results = _new_statistics(hidden, target, varentropy)
+    results = new_row_statistics(hidden, len(hidden), target, varentropy)
     for result in results:
         result.zero_()
     for index, h in chunks:
@@ -370,20 +377,6 @@ def _through_softcap(gradient: Tensor, slope: Tensor | None) -> Tensor:
     return gradient if slope is None else gradient.mul_(slope)
 
 
-def _new_statistics(
-    hidden: Tensor, target: Tensor | None, varentropy: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    # Not len(): that would fix a dynamic size while tracing.
-    dtype, rows = statistics_dtype(hidden.dtype), hidden.shape[0]
-    return (
-        hidden.new_empty(rows, dtype=dtype),
-        hidden.new_empty(rows, dtype=dtype),
-        hidden.new_empty(0 if target is None else rows, dtype=dtype),
-        hidden.new_empty(rows if varentropy else 0, dtype=dtype),
-        hidden.new_empty(5, rows, dtype=dtype),
-    )
-
-
 def _new_gradients(hidden: Tensor, head: Head, needs: Needs) -> Gradients:
     """float32 for float16, in which a mean's gradient underflows until a loss scale has multiplied it."""
     dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
@@ -515,7 +508,7 @@ def _row_statistics_op(
 
 @_row_statistics_op.register_fake
 def _(hidden, weight, bias, softcap, float32_logits, mask, row_temperature, temperature, target, varentropy, *_):
-    return _new_statistics(hidden, target, varentropy)
+    return new_row_statistics(hidden, hidden.shape[0], target, varentropy)
 
 
 @torch.library.custom_op("em_kernels::linear_row_gradient", mutates_args=())

@@ -68,13 +68,8 @@ def entropy_with_gradient(
 
 
 def must_trace(logits: Tensor) -> bool:
-    """Whether a call must go through the registered operators.
-
-    Raises:
-        RuntimeError: under a transform of torch.func.
-    """
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        raise RuntimeError("em_kernels does not run under torch.func's transforms (vmap, grad, jvp, ...)")
+    """Whether a call must go through the registered operators, which an eager one need not."""
+    refuse_transforms()
     return torch.compiler.is_compiling() or type(logits) not in (Tensor, torch.nn.Parameter)
 
 
@@ -98,14 +93,7 @@ def _row_statistics_op(
 
 @_row_statistics_op.register_fake
 def _(logits, mask, row_temperature, temperature, target, varentropy, backend):
-    rows = logits.shape[0] * logits.shape[1]
-    return (
-        new_statistics(logits, rows),
-        new_statistics(logits, rows),
-        new_statistics(logits, 0 if target is None else rows),
-        new_statistics(logits, rows if varentropy else 0),
-        new_statistics(logits, 5, rows),
-    )
+    return new_row_statistics(logits, logits.shape[0] * logits.shape[1], target, varentropy)
 
 
 @torch.library.custom_op("em_kernels::row_gradient", mutates_args=())
@@ -163,6 +151,19 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def new_statistics(logits: Tensor, *shape: int) -> Tensor:
     return logits.new_empty(shape, dtype=statistics_dtype(logits.dtype))
+
+
+def new_row_statistics(
+    source: Tensor, rows: int, target: Tensor | None, varentropy: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The results of `row_statistics`, unwritten, for as many rows of logits, or of hidden states they are made of."""
+    return (
+        new_statistics(source, rows),
+        new_statistics(source, rows),
+        new_statistics(source, 0 if target is None else rows),
+        new_statistics(source, rows if varentropy else 0),
+        new_statistics(source, 5, rows),
+    )
 
 
 def new_gradient(logits: Tensor) -> Tensor:
@@ -242,6 +243,11 @@ def _setup_entropy_with_gradient(ctx: Any, inputs: tuple, output: tuple[Tensor, 
 def _backward_entropy_with_gradient(ctx: Any, grad_loss: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     (gradient,) = ctx.saved_tensors
     return (gradient * grad_loss, *[None] * 6)
+
+
+def refuse_transforms() -> None:
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise RuntimeError("em_kernels does not run under torch.func's transforms (vmap, grad, jvp, ...)")
 
 
 def refuse_batched(*upstream: Tensor | None) -> None:

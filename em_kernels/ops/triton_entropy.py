@@ -22,7 +22,7 @@ import triton
 from torch import Tensor
 
 from em_kernels.ops import triton_loss_kernels, triton_statistics_kernels
-from em_kernels.ops.operators import new_statistics
+from em_kernels.ops.operators import new_row_statistics, new_statistics
 
 # A thread's load is 16 bytes, the widest there is.
 _VECTOR_BYTES = 16
@@ -86,12 +86,9 @@ def row_statistics(
     varentropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows = logits.shape[0] * logits.shape[1]
-    entropy, lse = new_statistics(logits, rows), new_statistics(logits, rows)
-    logprob = new_statistics(logits, 0 if target is None else rows)
-    variance = new_statistics(logits, rows if varentropy else 0)
-    saved = new_statistics(logits, 5, rows)
+    results = entropy, lse, logprob, variance, saved = new_row_statistics(logits, rows, target, varentropy)
     if rows == 0:
-        return entropy, lse, logprob, variance, saved
+        return results
     mask = None if mask is None else mask.view(torch.uint8)
     with _on_device(logits):
         partials = _partial_sums(logits, mask, row_temperature, temperature, varentropy)
@@ -113,7 +110,7 @@ def row_statistics(
             MAX_SPLITS=_MAX_SPLITS,
             num_warps=1,
         )
-    return entropy, lse, logprob, variance, saved
+    return results
 
 
 def row_gradient(

@@ -83,10 +83,7 @@ FUNCTIONS = {
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_compiles_whole_with_dynamic_shapes(monkeypatch, tmp_path, name, backend):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
+def test_compiles_whole_with_dynamic_shapes(fresh_compiler, name, backend):
     compiled = torch.compile(FUNCTIONS[name], fullgraph=True, backend="aot_eager")
     device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
     weight = torch.randn(40, 8, device=device)
@@ -102,7 +99,6 @@ def test_compiles_whole_with_dynamic_shapes(monkeypatch, tmp_path, name, backend
             torch.testing.assert_close(actual, expected)
     # One for the first shape, one when the time turns out to change, one for the batch and the temperature.
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
-    torch._dynamo.reset()
 
 
 @pytest.mark.gpu

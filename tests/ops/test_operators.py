@@ -92,16 +92,6 @@ FUNCTIONS = {
 }
 
 
-@pytest.fixture
-def fresh_compiler(monkeypatch, tmp_path):
-    # Compiled graphs are cached across processes by what they call, not by what that does.
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_compiles_whole_with_dynamic_shapes(fresh_compiler, name, backend):
