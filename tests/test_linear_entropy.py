@@ -463,6 +463,25 @@ def test_rows_and_columns_are_left_out_of_the_matmuls(implementation, monkeypatc
     assert shapes == [(40, 600)]
 
 
+def test_what_is_gathered_at_a_time_is_a_quarter_of_the_chunk(implementation, monkeypatch):
+    # A fifth of the rows need every column: gathered whole, the weight and its gradient would be copied.
+    hidden, weight = peaked(implementation, 40, 600, sharpness=0.1)
+    hidden[8:] = 50 * weight[8:40]
+    exact = gradients(implementation, hidden, weight)
+    shapes = []
+    product = linear._float32_product
+    monkeypatch.setattr(
+        linear, "_float32_product", lambda g, w: (shapes.append((tuple(g.shape), tuple(w.shape))), product(g, w))[1]
+    )
+    compacted = gradients(implementation, hidden, weight, grad_tolerance=1e-9)
+    quarter = 40 * 600 // 4
+    assert [rows for (rows, _), _ in shapes] == [8] * len(shapes)
+    assert sum(columns for (_, columns), _ in shapes) == 600
+    assert all(max(g[0] * g[1], w[0] * w[1]) <= quarter for g, w in shapes)
+    for a, b in zip(exact, compacted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6 * float(a.abs().max()))
+
+
 def test_nan_is_never_left_out(implementation):
     hidden, weight = peaked(implementation, 8, 100, sharpness=3.0)
     hidden[3] = NAN
