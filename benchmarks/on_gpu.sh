@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
-# Tests and measurements on one H100 or H200 in at most nine minutes, the most important first, all results in FOLDER.
+# Tests and measurements on one H100 or H200 in at most nine minutes, all results in FOLDER, each as soon as it is had.
 #
 #     benchmarks/on_gpu.sh FOLDER
-#     EM_SIZE=tiny EM_DEVICE=cpu benchmarks/on_gpu.sh FOLDER      every line of it, on the CPU, within three minutes
+#     EM_SIZE=tiny EM_DEVICE=cpu benchmarks/on_gpu.sh FOLDER      every line of it, on the CPU
 #
+# EM_WHEELS is a folder with wheels of the peers and of what they need (wheels/ in the checkout): what is there is
+# measured, the rest is listed as not run. EM_STEPS names the steps to run ("entropy_loss linear_entropy"; all). EM_SIZE
+# is the size of the suites (small), PYTHON the interpreter. Where the checkout comes without its history, EM_COMMIT is
+# what `git describe --always --abbrev=40 --dirty --exclude '*'` says.
 # A step that fails or runs out of time is recorded in FOLDER/steps.tsv and the next one runs; the exit status is then 1.
-# EM_SKIP_TESTS=1 leaves the tests out. EM_COMMIT names the commit where the checkout came without its history. PYTHON is the interpreter.
 set -u
 if [ $# -ne 1 ]; then
     echo "on_gpu.sh: one argument expected, the folder for the results, given $#" >&2
@@ -14,17 +17,27 @@ fi
 mkdir -p "$1" || exit 2
 folder=$(cd "$1" && pwd)
 cd "$(dirname "$0")/.." || exit 2
-python=${PYTHON:-python3} size=${EM_SIZE:-default} device=${EM_DEVICE:-cuda}
+python=${PYTHON:-python3} size=${EM_SIZE:-small} device=${EM_DEVICE:-cuda} wheels=${EM_WHEELS:-wheels}
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
-SECONDS=0 total=540 failed=0
+SECONDS=0 failed=0
+# Ten seconds of the nine minutes are for what follows the last step. Without a GPU it takes what it takes.
+total=$([ "$device" = cpu ] && echo 1800 || echo 530)
+# What each step is sure to get; what is left of it goes to the next.
+declare -A seconds=([build]=20 [wheels]=20 [gpu-tests]=80 [contract-tests]=60 [tune_tiles]=60 [entropy_loss]=100
+    [linear_entropy]=85 [token_stats]=35 [training_step]=50 [host_overhead]=20)
 
-step() { # name, most seconds, command...
-    local name=$1 limit=$2 start=$SECONDS status
-    shift 2
-    # Ten seconds are kept for what follows the last step.
-    if [ $((total - 10 - SECONDS)) -lt "$limit" ]; then limit=$((total - 10 - SECONDS)); fi
+wanted() { case " build wheels ${EM_STEPS:-$1} " in *" $1 "*) ;; *) return 1 ;; esac }
+reserved=0
+for name in "${!seconds[@]}"; do if wanted "$name"; then reserved=$((reserved + seconds[$name])); fi; done
+
+step() { # name, command...
+    local name=$1 start=$SECONDS limit status
+    shift
+    if ! wanted "$name"; then return; fi
+    reserved=$((reserved - seconds[$name]))
+    limit=$((total - SECONDS - reserved))
     if [ "$limit" -le 0 ]; then
-        printf '%s\tno time left\t0\n' "$name" >>"$folder/steps.tsv"
+        printf '%s\tno time left\t0\n' "$name" | tee -a "$folder/steps.tsv"
         failed=1
         return
     fi
@@ -35,22 +48,43 @@ step() { # name, most seconds, command...
     printf '%s\t%s\t%s\n' "$name" "$status" $((SECONDS - start)) | tee -a "$folder/steps.tsv"
 }
 
+suite() {
+    step "$1" "$python" benchmarks --suite "$1" --out "$folder" --size "$size" --device "$device"
+}
+
 # What the CPU numbers and the contract's CPU part need; all of it runs without, more slowly.
 if [ ! -e em_kernels/_entropy_cpu.so ]; then
-    step build 60 "$python" setup.py build_ext --inplace
+    step build "$python" setup.py build_ext --inplace
 fi
-if [ -z "${EM_SKIP_TESTS:-}" ]; then
-    step gpu-tests 150 "$python" -m pytest -q -m gpu -p no:cacheprovider tests
-    step contract-tests 100 "$python" -m pytest -q -m "not gpu" -p no:cacheprovider -k triton tests/test_entropy.py tests/test_stats.py tests/test_properties.py tests/ops/test_operators.py \
-        tests/test_linear_entropy.py tests/test_linear_stats.py tests/ops/test_linear.py
+if [ -d "$wheels" ]; then
+    # Into an environment of their own, which sees the machine's packages too: some wheels share a folder or bring a .pth
+    # file, which a folder on PYTHONPATH would not do. One at a time: one that does not fit takes no other with it.
+    peers=$(mktemp -d)
+    trap 'rm -rf "$peers"' EXIT
+    step wheels bash -c '"$1" -m venv --without-pip --system-site-packages "$2" || exit 1
+        here=$("$2/bin/python" -c "import sysconfig; print(sysconfig.get_path(\"purelib\"))")
+        "$1" -c "import site; print(*site.getsitepackages(), sep=chr(10))" >"$here/machine.pth"
+        status=0
+        for wheel in "$3"/*.whl; do
+            "$1" -m pip --python "$2/bin/python" install --quiet --no-index --no-deps "$wheel" || status=1
+        done
+        exit $status' _ "$python" "$peers" "$wheels"
+    if [ -x "$peers/bin/python" ]; then python=$peers/bin/python; fi
 fi
-step entropy_loss 200 "$python" benchmarks/entropy_loss.py --out "$folder" --size "$size" --device "$device"
-step linear_entropy 150 "$python" benchmarks/linear_entropy.py --out "$folder" --size "$size" --device "$device"
-step host_overhead 60 "$python" benchmarks/host_overhead.py --out "$folder" --size "$size" --device "$device"
+
+step gpu-tests "$python" -m pytest -q -m gpu -p no:cacheprovider tests
+step contract-tests "$python" -m pytest -q -m "not gpu" -p no:cacheprovider -k triton \
+    tests/test_entropy.py tests/test_stats.py tests/test_properties.py tests/ops/test_operators.py \
+    tests/test_linear_entropy.py tests/test_linear_stats.py tests/ops/test_linear.py
 # Without a GPU the kernels have to be interpreted.
-interpret=$([ "$device" = cpu ] && echo 1 || echo 0)
-step tune_tiles 120 env TRITON_INTERPRET="$interpret" \
-    "$python" benchmarks/tune_tiles.py --out "$folder" --size "$size" --device "$device"
+if [ "$device" = cpu ]; then export TRITON_INTERPRET=1; fi
+suite tune_tiles
+unset TRITON_INTERPRET
+suite entropy_loss
+suite linear_entropy
+suite token_stats
+suite training_step
+suite host_overhead
 
 tail -c 15000000 "$folder/log.txt" >"$folder/log.tail" && mv "$folder/log.tail" "$folder/log.txt"
 exit "$failed"

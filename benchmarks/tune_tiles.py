@@ -1,18 +1,21 @@
-"""Times the Triton kernels at every tile (threads, unroll) and prints the best beside the one the table chooses.
+"""The Triton kernels' time at every tile (threads x unroll), "ours" being the one the table chooses.
 
 Kernels: "fused" (loss and gradient, a program a row), and those that stream: "split" (the same for a few long rows),
-"statistics", "gradient" (of these), "scale". Each result is checked. Rows are appended to FOLDER/tune_tiles.jsonl.
+"statistics", "gradient" (of these), "scale". Each result is checked.
 On the CPU, which shows only that it works, it needs TRITON_INTERPRET=1.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accuracy import Reference, draw_logits
-from timing import Arguments, Call, Timing, append_row, error_text, machine, measure, slots_beyond_cache
+from rows import error_text
+from suite import timed
+from timing import Call, Timing, slots_beyond_cache
 from torch import Tensor
 
 from em_kernels.ops import backends
@@ -82,94 +85,100 @@ def _tile(tile: tuple[int, int]) -> Iterator[None]:
         triton_entropy._resident_row, triton_entropy._streamed_tile = table
 
 
-def shapes(size: str) -> Iterator[tuple[torch.dtype, int, int, tuple[str, ...]]]:
-    """dtype, rows, vocabulary, kernels."""
+@dataclass(frozen=True)
+class Configuration:
+    device: str
+    dtype: str
+    rows: int
+    vocab: int
+    kernel: str
+    budget: float = 1.0
+
+
+def configurations(size: str, device: str) -> Iterator[Configuration]:
     streamed = ("statistics", "gradient", "scale")
     if size == "tiny":
-        yield torch.float32, 2, 700, ("fused", *streamed)
-        yield torch.float32, 1, 20000, ("split",)
+        for kernel in ("fused", *streamed):
+            yield Configuration(device, "float32", 2, 700, kernel, 0.1)
+        yield Configuration(device, "float32", 1, 20000, "split", 0.1)
         return
-    for dtype in (torch.bfloat16, torch.float32, torch.float16) if size == "full" else (torch.bfloat16, torch.float32):
-        for vocab in _VOCABS:
-            rows = _LOGITS_BYTES // (vocab * dtype.itemsize)
-            yield dtype, rows, vocab, ("fused", *(streamed if vocab in (8192, 151936) else ()))
-        for rows in (1, 8, 64):
-            yield dtype, rows, _SPLIT_VOCAB, ("split", "statistics", "gradient")
+    full = size == "full"
+    for dtype in ("bfloat16", "float32", "float16") if full else ("bfloat16", "float32"):
+        for vocab in _VOCABS if full else (32000, 151936) if dtype == "bfloat16" else (151936,):
+            rows = _LOGITS_BYTES // (vocab * getattr(torch, dtype).itemsize)
+            for kernel in ("fused", *(streamed if vocab in (8192, 151936) else ())):
+                yield Configuration(device, dtype, rows, vocab, kernel, 1.0 if full else 0.3)
+        for rows in (1, 8, 64) if full else (8,):
+            for kernel in ("split", "statistics", "gradient") if full else ("split",):
+                yield Configuration(device, dtype, rows, _SPLIT_VOCAB, kernel, 1.0 if full else 0.3)
 
 
-def main() -> None:
-    arguments = Arguments(__doc__)
-    folder, size, device = arguments.read()
+def missing(device: torch.device) -> dict[str, str]:
+    return {}
+
+
+def rows(c: Configuration) -> Iterator[dict[str, Any]]:
+    device, dtype = torch.device(c.device), getattr(torch, c.dtype)
     reason = backends.unavailable_reason("triton", device)
     if reason is not None:
-        arguments.error(reason)
+        raise RuntimeError(reason)
     from em_kernels.ops import triton_entropy
 
-    where = machine(device)
-    tiny = size == "tiny"
-    tiles = [(t, u) for t in ((128,) if tiny else (128, 256, 512, 1024)) for u in ((1, 2) if tiny else (1, 2, 4, 8))]
-    print(f"{'kernel':>10} {'dtype':<8} {'rows':>6} {'vocab':>6}  {'best':>10} {'ms':>9}  {'current':>10} {'ms':>9}")
-    for dtype, rows, vocab, names in shapes(size):
-        logits = draw_logits("peaked", rows, vocab, dtype, device)[None]
-        exact = Reference(logits[0], torch.zeros(rows, dtype=torch.int64, device=device))
-        out = torch.empty_like(logits)
-        slots = [logits.clone() for _ in range(slots_beyond_cache(logits.nbytes, device))]
-        for name, kernel in kernels(logits, out, names).items():
-            table = triton_entropy._streamed_tile(logits) if kernel.streamed else None
-            current: tuple[int, int] = table or triton_entropy._resident_row(vocab * dtype.itemsize, dtype.itemsize)
-            out.fill_(1)
+    logits = draw_logits("peaked", c.rows, c.vocab, dtype, device)[None]
+    exact = Reference(logits[0], torch.zeros(c.rows, dtype=torch.int64, device=device))
+    out = torch.ones_like(logits)
+    slots = [logits.clone() for _ in range(slots_beyond_cache(logits.nbytes, device))]
+    kernel = kernels(logits, out, (c.kernel,))[c.kernel]
+    # What the kernel left in `out` when it was prepared is overwritten, or, by "scale", negated.
+    out.fill_(1)
+    table = triton_entropy._streamed_tile(logits) if kernel.streamed else None
+    current = tuple(table or triton_entropy._resident_row(c.vocab * dtype.itemsize, dtype.itemsize))
+    tiny = c.vocab <= 20000 and c.rows <= 2
+    tiles = {(t, u) for t in ((128,) if tiny else (128, 256, 512, 1024)) for u in ((1, 2) if tiny else (1, 2, 4, 8))}
 
-            def run(tile: tuple[int, int], slot: int, kernel: Kernel = kernel, slots: list[Tensor] = slots):
-                with _tile(tile):
-                    return kernel.run(slots[slot])
+    def run(tile: tuple[int, int], slot: int) -> Tensor | None:
+        with _tile(tile):
+            return kernel.run(slots[slot])
 
-            def check(key: str, loss: Tensor | None, kernel: Kernel = kernel, out=out, exact=exact, dtype=dtype):
-                if loss is not None:
-                    error = exact.loss_error("entropy", loss, kernel.loss_weights)
-                    if not error <= _LOSS_TOLERANCE:
-                        raise ArithmeticError(f"the loss is off by {error:.1e}")
-                if kernel.gradient_weights is not None:
-                    error = exact.gradient_error("entropy", out[0], kernel.gradient_weights)
-                    if not error <= _GRADIENT_TOLERANCE[dtype]:
-                        raise ArithmeticError(f"the gradient is off by {error:.1e}")
-                elif loss is None and not bool((out.abs() == 1).all()):
-                    raise ArithmeticError("the scaled entries are not all +1 or -1")
+    def check(key: str, loss: Tensor | None) -> None:
+        if loss is not None:
+            error = exact.loss_error("entropy", loss, kernel.loss_weights)
+            if not error <= _LOSS_TOLERANCE:
+                raise ArithmeticError(f"the loss is off by {error:.1e}")
+        if kernel.gradient_weights is not None:
+            error = exact.gradient_error("entropy", out[0], kernel.gradient_weights)
+            if not error <= _GRADIENT_TOLERANCE[dtype]:
+                raise ArithmeticError(f"the gradient is off by {error:.1e}")
+        elif loss is None and not bool((out.abs() == 1).all()):
+            raise ArithmeticError("the scaled entries are not all +1 or -1")
 
-            timings = measure(
-                {str(tile): Call(partial(run, tile)) for tile in {*tiles, current}},
-                device,
-                slots=len(slots),
-                budget=0.1 if tiny else 1.0,
-                check=check,
-            )
-            found: dict[tuple[int, int], float] = {}
-            for tile in sorted({*tiles, current}):
-                timing = timings[str(tile)]
-                row = {
-                    "benchmark": "tune_tiles",
-                    "kernel": name,
-                    "dtype": str(dtype).removeprefix("torch."),
-                    "rows": rows,
-                    "vocab": vocab,
-                    "threads": tile[0],
-                    "unroll": tile[1],
-                    "current": tile == current,
-                    **(timing._asdict() if isinstance(timing, Timing) else {"error": error_text(timing)}),
-                    "machine": where,
-                }
-                append_row(folder / "tune_tiles.jsonl", row)
-                if isinstance(timing, Timing):
-                    found[tile] = timing.seconds
-                else:
-                    print(f"{name} {tile}: {error_text(timing)}")
-            if found:
-                best = min(found, key=lambda tile: found[tile])
-                print(
-                    f"{name:>10} {row['dtype']:<8} {rows:>6} {vocab:>6}  {tuple(best)!s:>10} "
-                    f"{found[best] * 1e3:9.4f}  {tuple(current)!s:>10} {found.get(current, float('nan')) * 1e3:9.4f}",
-                    flush=True,
-                )
+    every = sorted(tiles | {current})
+    # By the name that its rows have: a failure of the table's own choice is one of ours.
+    names = {tile: f"{'ours' if tile == current else 'another tile'} | {tile[0]} x {tile[1]}" for tile in every}
+    calls = {name: Call(partial(run, tile)) for tile, name in names.items()}
+    timings = timed("tune_tiles", calls, device, slots=len(slots), budget=c.budget, check=check)
+    chosen = timings[names[current]]
+    for tile, name in names.items():
+        timing, (contender, _, variant) = timings[name], name.partition(" | ")
+        row = {
+            "benchmark": "tune_tiles",
+            **{key: value for key, value in asdict(c).items() if key != "budget"},
+            "contender": contender,
+            "variant": variant,
+            "threads": tile[0],
+            "unroll": tile[1],
+        }
+        if not isinstance(timing, Timing):
+            yield row | {"error": error_text(timing)}
+            continue
+        over = {"over_ours": timing.seconds / chosen.seconds} if isinstance(chosen, Timing) else {}
+        yield row | timing._asdict() | over
 
 
-if __name__ == "__main__":
-    main()
+def header(c: Configuration) -> str:
+    return f"{c.kernel} {c.dtype} {c.rows} x {c.vocab}\n{'':56} {'ms':>9} {'p20':>9} {'p80':>9} {'/ ours':>7}"
+
+
+def line(row: dict[str, Any]) -> str:
+    times = " ".join(f"{row[key] * 1e3:9.4f}" for key in ("seconds", "p20", "p80"))
+    return f"{times} {row.get('over_ours', float('nan')):7.2f}"

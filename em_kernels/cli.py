@@ -1,4 +1,4 @@
-"""The command line: em-kernels train | info."""
+"""The command line: em-kernels train | bench | info."""
 
 import argparse
 import dataclasses
@@ -6,6 +6,7 @@ import importlib
 import os
 import platform
 import shlex
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,8 @@ from em_kernels.one_shot.config import DTYPES, LOSSES, PRESETS, TRACKERS, UsageE
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; exit status 2 for what the user can mend, said in one line, and 130 for Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments[:1] == ["bench"]:  # Its options are read, and its help is written, where they are used.
+        return _bench(arguments[1:])
     options = vars(_parser().parse_args(arguments))
     command, run = options.pop("command"), options.pop("run")
     try:
@@ -41,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="em-kernels", description="Entropy minimisation of language models.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_train(commands)
+    commands.add_parser("bench", help="measure em_kernels beside its peers on this machine")
     info = commands.add_parser("info", help="versions, devices and backends")
     info.set_defaults(run=_info)
     return parser
@@ -128,6 +132,20 @@ def _import_quietly() -> None:
             f"{error.name} is not installed; the command needs pip install 'em_kernels[one-shot]'"
         ) from None
     sys.modules["transformers"].logging.set_verbosity_error()
+
+
+def _bench(arguments: Sequence[str]) -> int:
+    """Runs the checkout's benchmarks; their exit status."""
+    folder = Path(__file__).parents[1] / "benchmarks"
+    if not (folder / "__main__.py").is_file():
+        print(f"em-kernels bench: error: {folder} is not there; the benchmarks need a checkout", file=sys.stderr)
+        return 2
+    try:
+        return subprocess.call(
+            [sys.executable, str(folder), *arguments], env={**os.environ, "EM_BENCH_NAME": "em-kernels bench"}
+        )
+    except KeyboardInterrupt:  # What ran has said so.
+        return 130
 
 
 def _info() -> None:

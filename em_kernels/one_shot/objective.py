@@ -68,7 +68,7 @@ def accumulate_gradient(
     Raises:
         UsageError: the loss is not finite.
     """
-    _set_mode(accelerator.unwrap_model(model))
+    set_mode(accelerator.unwrap_model(model))
     tokens = accelerator.reduce(rollout.completion_mask.sum(), "sum")
     # Gradients are averaged over processes, not summed, so the divisor is one process's share of the tokens.
     share = tokens / accelerator.num_processes
@@ -137,7 +137,8 @@ def _forward(model: Any, rollout: Rollout) -> Any:
     )
 
 
-def _set_mode(model: Any) -> None:
+def set_mode(model: Any) -> None:
+    """Without dropout, and with activation checkpointing where it is on."""
     # Not training mode: dropout would score another distribution than the one the tokens were drawn from.
     model.eval()
     for module in model.modules():

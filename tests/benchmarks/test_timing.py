@@ -7,7 +7,8 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-from timing import Call, Timing, measure, summary
+import timing
+from timing import Call, Timing, Unusable, measure, summary
 
 CPU = torch.device("cpu")
 
@@ -19,6 +20,25 @@ def test_a_failing_contender_is_answered_by_its_exception_and_the_others_go_on()
     timings = measure({"broken": Call(fail), "fine": Call(lambda slot: slot)}, CPU, budget=0.01)
     assert isinstance(timings["broken"], ValueError)
     assert isinstance(timings["fine"], Timing)
+
+
+def test_a_contender_after_which_the_device_answers_with_errors_is_told_from_one_that_only_fails(monkeypatch):
+    lost = []
+
+    def synchronize(device):
+        if lost:
+            raise RuntimeError("illegal memory access")
+
+    def lose(slot):
+        lost.append(slot)
+        raise RuntimeError("launch failed")
+
+    monkeypatch.setattr(timing, "synchronize", synchronize)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    calls = {"fine": Call(lambda slot: slot), "bad": Call(lose)}
+    with pytest.raises(Unusable, match="illegal memory access") as raised:
+        measure(calls, torch.device("cuda"), enqueue=True, budget=0.01)
+    assert raised.value.contender == "bad"
 
 
 def test_a_failing_check_is_the_contenders_failure():
@@ -43,4 +63,4 @@ def test_contenders_alternate_over_all_slots_and_are_restored_after_each_call():
 
 
 def test_summary_is_the_median_between_the_percentiles():
-    assert summary([5.0, 1.0, 3.0, 2.0, 4.0, 6.0]) == pytest.approx((3.5, 2.0, 5.0, 6))
+    assert summary([5.0, 1.0, 3.0, 2.0, 4.0, 6.0], 0.5) == pytest.approx((3.5, 2.0, 5.0, 6, 0.5))

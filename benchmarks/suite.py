@@ -1,0 +1,149 @@
+"""What the suites have in common: contenders on the same inputs, the rows they make, and running a suite.
+
+A suite is a module. `configurations(size, device)` are the shapes it measures, dataclasses, those first that say most;
+`names(c)` and `prepare(c)` the contenders of one; `rows(c)` measures them; `missing(device)` says which of its peers do
+not run here and why; `header(c)` and `line(row)` are what is printed.
+"""
+
+import gc
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from accuracy import SEED
+from peers import versions
+from rows import append_row, error_text, machine
+from timing import Call, Timing, Unusable, measure, synchronize
+
+# A configuration's fields that say how it is measured, not what.
+_HOW = ("budget", "compiled", "memory", "time")
+# In the environment of a process that goes on where a contender left the GPU unusable: what is done, who is left out.
+_CONTINUED = "EM_BENCH_CONTINUED"
+
+
+class Prepared(NamedTuple):
+    """The contenders of a configuration on the same inputs.
+
+    Attributes:
+        calls: by "contender | variant".
+        slots: the number of inputs they are given in turn.
+        check: the errors of a result of the contender of that name.
+        notes: what the rows say of each contender beside its time and errors, by the same names.
+        floor: the name of the contender that the others' times are divided by.
+    """
+
+    calls: dict[str, Call]
+    slots: int
+    check: Callable[[str, Any], dict[str, float | None]]
+    notes: dict[str, dict[str, Any]]
+    floor: str
+
+
+def rows_of(benchmark: str, c: Any, prepared: Prepared) -> Iterator[dict[str, Any]]:
+    """Measures the contenders of a configuration and answers a row for each."""
+    errors: dict[str, dict[str, float | None]] = {}
+    timings = timed(
+        benchmark,
+        prepared.calls,
+        torch.device(c.device),
+        slots=prepared.slots,
+        budget=c.budget,
+        check=lambda name, result: errors.__setitem__(name, prepared.check(name, result)),
+    )
+    floor = timings[prepared.floor]
+    for name, timing in timings.items():
+        contender, _, variant = name.partition(" | ")
+        row = {
+            "benchmark": benchmark,
+            **{key: value for key, value in asdict(c).items() if key not in _HOW},
+            "contender": contender,
+            "variant": variant,
+            **prepared.notes.get(name, {}),
+        }
+        if not isinstance(timing, Timing):
+            yield row | {"error": error_text(timing)}
+            continue
+        over = {"over_floor": timing.seconds / floor.seconds} if isinstance(floor, Timing) else {}
+        yield row | timing._asdict() | errors[name] | over
+
+
+def timed(benchmark: str, calls: dict[str, Call], device: torch.device, **how: Any) -> dict[str, Timing | Exception]:
+    """`measure`, but for who has made the GPU unusable in this run before."""
+    without = _continued(benchmark)["without"]
+    found = measure({name: call for name, call in calls.items() if name not in without}, device, **how)
+    return {name: found.get(name, RuntimeError("left out: it made the GPU unusable before")) for name in calls}
+
+
+def run(suite: ModuleType, size: str, device: torch.device, folder: Path) -> int:
+    """Appends a suite's rows to FOLDER/SUITE.jsonl as they come, and prints them; the number of failures of our own.
+
+    A contender that fails, be it by an exception or by leaving the GPU in an error that only a new process ends, is
+    recorded, and the others go on. The last row of a run that came to its end says "finished".
+    """
+    name = suite.__name__
+    continued = _continued(name)
+    # One run has one time, by which its rows are found.
+    where = continued["machine"] or machine(device) | {"peers": versions()}
+    file = folder / f"{name}.jsonl"
+    common = {"benchmark": name, "device": device.type}
+
+    def keep(row: dict[str, Any]) -> None:
+        append_row(file, row | {"size": size, "seed": SEED, "machine": where})
+
+    def go_on(done: int, without: list[str]) -> NoReturn:
+        """In a new process, with the configuration after `done` others."""
+        state = {"done": done, "without": without, "failures": failures, "machine": where, "suite": name}
+        os.environ[_CONTINUED] = json.dumps(state)
+        sys.stdout.flush()
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+    print(f"\n== {name}: {' '.join((suite.__doc__ or '').split(chr(10))[0].split())}", flush=True)
+    failures = continued["failures"]
+    if not continued["done"] and not continued["without"]:
+        for contender, why in suite.missing(device).items():
+            print(f"{contender:>38} not run: {why}", flush=True)
+            keep(common | {"contender": contender, "not_run": why})
+    for i, c in enumerate(suite.configurations(size, device.type)):
+        if i < continued["done"]:
+            continue
+        print(f"\n{suite.header(c)}", flush=True)
+        try:
+            for row in suite.rows(c):
+                keep(row)
+                failures += row["contender"].startswith("ours") and ("error" in row or "memory_error" in row)
+                print(row_line(row, suite.line), flush=True)
+        except Exception as error:  # Out of memory for the inputs themselves: the next shape may fit.
+            print(error_text(error), file=sys.stderr, flush=True)
+            failures += not isinstance(error, Unusable) or error.contender.startswith("ours")
+            if isinstance(error, Unusable) and error.contender not in continued["without"]:
+                go_on(i, [*continued["without"], error.contender])
+            keep(common | asdict(c) | {"error": error_text(error)})
+        gc.collect()
+        try:
+            synchronize(device)
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+        except Exception as error:
+            print(error_text(error), file=sys.stderr, flush=True)
+            go_on(i + 1, continued["without"])
+    keep(common | {"finished": True, "failures": failures})
+    return failures
+
+
+def _continued(name: str) -> dict[str, Any]:
+    """How much of the suite of this name an earlier process has done."""
+    found = json.loads(os.environ.get(_CONTINUED, "{}"))
+    if found.get("suite") == name:
+        return found
+    return {"done": 0, "without": [], "failures": 0, "machine": None}
+
+
+def row_line(row: dict[str, Any], line: Callable[[dict[str, Any]], str]) -> str:
+    start = f"{row['contender']:>38} {row.get('variant') or '':<17}"
+    return f"{start} {row['error']}" if "error" in row else f"{start} {line(row)}"

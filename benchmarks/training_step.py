@@ -1,0 +1,371 @@
+"""One optimiser step of one-shot entropy minimisation, from generation to update, with the eager loss and with ours.
+
+Each contender's row has the median `seconds` of a step (with `p20` and `p80`) and of its `phases`: generation, shared
+by all contenders of a round; forward, up to the last hidden states; loss, from there on; backward; and optimiser. Ours
+makes most of the gradient in the loss already. `peak_bytes` is what the GPU's allocator held at most; `extra_bytes`, on
+the CPU, what a fresh process held at most beyond the model, its gradients and the optimiser's state. The loss and its
+gradients are checked against float64 on the hidden states of a micro-batch. A row with `largest_batch` says with how
+many completions a forward and backward pass fit: the GPU's memory, or, on the CPU, `limit_bytes` beyond the same.
+"""
+
+import gc
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from statistics import median
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from accuracy import SEED, LinearReference, Operands, demand, draw_linear_targets, relative_error
+from entropy_loss import eager
+from linear_entropy import LINEAR_BOUNDS
+from memory import extra_bytes_in_fresh_process
+from rows import error_text
+from suite import Prepared
+from timing import Call, summary, synchronize
+from torch import Tensor
+
+from em_kernels import entropy_loss, linear_entropy_loss
+
+_TEMPERATURE = 0.5
+_PHASES = ("generation", "forward", "loss", "backward", "optimiser")
+_PROMPT_TOKENS = 64  # About those of a word problem in a chat template.
+_CPU_LIMIT_BYTES = 4 << 30
+
+
+@dataclass(frozen=True)
+class Configuration:
+    device: str
+    dtype: str
+    model: str
+    batch: int
+    micro_batch: int
+    new_tokens: int
+    checkpointing: bool = False
+    rounds: int = 3
+    # The search for the largest batch ends here; 0 leaves it out.
+    most: int = 0
+
+
+def configurations(size: str, device: str) -> Iterator[Configuration]:
+    if size == "tiny":
+        yield Configuration(device, "float32", "tiny", 4, 2, 3, rounds=2, most=2)
+    elif device == "cpu":
+        shape = {"small": (4, 4, 48), "full": (16, 8, 64), "paper": (16, 4, 64)}[size]
+        yield Configuration(device, "float32", "SmolLM2-135M", *shape, most=64 if size == "full" else 0)
+    else:
+        batch, length = (64, 2048) if size == "paper" else (64, 256 if size == "full" else 128)
+        most = {"small": 128, "full": 512, "paper": 0}[size]
+        for model, micro_batch in (("SmolLM2-135M", 16), ("random 1.5B", 4 if size == "paper" else 16)):
+            large = model == "random 1.5B"
+            yield Configuration(device, "bfloat16", model, batch, micro_batch, length, large, 2, most * large)
+
+
+# Of hidden states and the output projection, the mean entropy.
+Loss = Callable[[Tensor, Tensor], Tensor]
+LOSSES: dict[str, Loss] = {
+    "eager": lambda hidden, weight: eager((hidden @ weight.T) / _TEMPERATURE),
+    "entropy_loss on logits": lambda hidden, weight: entropy_loss(
+        hidden @ weight.T, temperature=_TEMPERATURE, inplace_backward=True
+    ),
+    "ours": lambda hidden, weight: linear_entropy_loss(hidden, weight, temperature=_TEMPERATURE),
+}
+
+
+class Step:
+    """A model, its optimiser, and one step of training in parts that are timed."""
+
+    def __init__(self, c: Configuration) -> None:
+        from em_kernels.one_shot.head import find_head
+        from em_kernels.one_shot.model import checkpoint_activations
+
+        self.c, self.device = c, torch.device(c.device)
+        self.model, self.tokenizer, self.weights = _model(c.model, self.device)
+        self.model.to(self.device)
+        self.head = find_head(self.model)
+        if c.checkpointing:
+            checkpoint_activations(self.model)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, fused=True)
+
+    def generate(self, seed: int) -> tuple[Any, float]:
+        """Completions, and seconds."""
+        from em_kernels.one_shot.rollout import sample
+
+        start = self._now()
+        rollout = sample(
+            self.model,
+            self.tokenizer,
+            self._chats(),
+            temperature=_TEMPERATURE,
+            max_new_tokens=self.c.new_tokens,
+            seed=seed,
+            description="generating",
+            show_progress=sys.stderr.isatty(),
+        )
+        return rollout, self._now() - start
+
+    def train(self, rollout: Any, loss: Loss) -> dict[str, float]:
+        """Seconds of each phase but generation; a mean over micro-batches of equal size serves for the loss."""
+        from em_kernels.one_shot.objective import set_mode
+
+        set_mode(self.model)
+        seconds = dict.fromkeys(_PHASES[1:], 0.0)
+        parts = list(rollout.micro_batches(self.c.micro_batch))
+        self.optimizer.zero_grad()
+        for part in parts:
+            start = self._now()
+            hidden = self.hidden(part)
+            forward = self._now()
+            with self.computing():
+                value = loss(hidden, self.head.module.weight) / len(parts)
+            made = self._now()
+            value.backward()
+            done = self._now()
+            for phase, duration in (("forward", forward - start), ("loss", made - forward), ("backward", done - made)):
+                seconds[phase] += duration
+            del hidden, value
+        start = self._now()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        seconds["optimiser"] = self._now() - start
+        return seconds
+
+    def hidden(self, part: Any) -> Tensor:
+        """(tokens, D): what the generated tokens' logits are made of."""
+        from em_kernels.one_shot.objective import completion_hidden
+
+        with self.computing():
+            return completion_hidden(self.model, part, self.head)[part.completion_mask]
+
+    def computing(self) -> Any:
+        from em_kernels.one_shot.model import compute_in
+
+        return compute_in(self.c.dtype, self.device)
+
+    def drawn_rollout(self, batch: int) -> Any:
+        """Random tokens in place of completions: as long as these can be."""
+        from em_kernels.one_shot.rollout import Rollout
+
+        length = _PROMPT_TOKENS + self.c.new_tokens
+        generator = torch.Generator().manual_seed(SEED)
+        ids = torch.randint(self.head.module.out_features, (batch, length), generator=generator).to(self.device)
+        return Rollout(
+            ids,
+            torch.ones_like(ids, dtype=torch.bool),
+            torch.ones(batch, self.c.new_tokens, dtype=torch.bool, device=self.device),
+        )
+
+    def _chats(self) -> dict[str, Tensor]:
+        from em_kernels.one_shot.config import DEFAULT_PROMPT
+        from em_kernels.one_shot.prompts import encode_chats
+
+        if self.weights == "random":
+            ids = torch.arange(1, 1 + min(_PROMPT_TOKENS, self.head.module.out_features - 1)).expand(self.c.batch, -1)
+            return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        return encode_chats(self.tokenizer, [DEFAULT_PROMPT] * self.c.batch)
+
+    def _now(self) -> float:
+        synchronize(self.device)
+        return time.perf_counter()
+
+
+def _model(name: str, device: torch.device) -> tuple[Any, Any, str]:
+    """The model, its tokenizer, and whether its weights are "trained" or "random"."""
+    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+
+    from em_kernels.one_shot.config import UsageError
+    from em_kernels.one_shot.model import load_model
+
+    if name == "SmolLM2-135M":
+        try:
+            return *load_model(None), "trained"
+        except UsageError:  # Its package is not there: the same shape takes the same time.
+            pass
+    shapes = {
+        "tiny": LlamaConfig(
+            vocab_size=500,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            tie_word_embeddings=True,
+        ),
+        "SmolLM2-135M": LlamaConfig(
+            vocab_size=49152,
+            hidden_size=576,
+            intermediate_size=1536,
+            num_hidden_layers=30,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            max_position_embeddings=8192,
+            tie_word_embeddings=True,
+        ),
+        # Qwen2.5-1.5B's.
+        "random 1.5B": Qwen2Config(
+            vocab_size=151936,
+            hidden_size=1536,
+            intermediate_size=8960,
+            num_hidden_layers=28,
+            num_attention_heads=12,
+            num_key_value_heads=2,
+            tie_word_embeddings=True,
+        ),
+    }
+    torch.manual_seed(SEED)
+    shapes[name].eos_token_id = None  # Every completion has full length.
+    with device:  # Drawn there: on the CPU it takes longer than a step.
+        model = AutoModelForCausalLM.from_config(shapes[name], dtype=torch.float32)
+    # Nothing is read or written as text.
+    return model, SimpleNamespace(pad_token_id=0, eos_token_id=None), "random"
+
+
+def missing(device: torch.device) -> dict[str, str]:
+    return {}
+
+
+def names(c: Configuration) -> list[str]:
+    return list(LOSSES)
+
+
+def prepare(c: Configuration) -> Prepared:
+    """Of a step but for its generation."""
+    step = Step(c)
+    rollout, _ = step.generate(seed=SEED)
+    errors = _errors(step, next(rollout.micro_batches(c.micro_batch)))
+    calls = {name: Call(lambda slot, loss=loss: step.train(rollout, loss)) for name, loss in LOSSES.items()}
+    return Prepared(calls, 1, lambda name, result: errors[name], {}, "eager")
+
+
+def rows(c: Configuration) -> Iterator[dict[str, Any]]:
+    step = Step(c)
+    times: dict[str, list[dict[str, float]]] = {name: [] for name in LOSSES}
+    failed: dict[str, Exception] = {}
+    peaks: dict[str, int] = {}
+    tokens = 0
+    for i in range(1 + c.rounds):  # The first warms up.
+        rollout, generation = step.generate(seed=SEED + i)
+        tokens = int(rollout.completion_mask.sum())
+        for name in list(LOSSES) if i % 2 else reversed(list(LOSSES)):
+            if name in failed:
+                continue
+            if step.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            try:
+                seconds = step.train(rollout, LOSSES[name])
+            except Exception as error:
+                # Its traceback would keep every tensor of the failed call.
+                failed[name] = error.with_traceback(None)
+                error.__context__ = error.__cause__ = None
+                step.optimizer.zero_grad()
+                gc.collect()
+                if step.device.type == "cuda":
+                    torch.cuda.empty_cache()
+                continue
+            if step.device.type == "cuda":
+                peaks[name] = torch.cuda.max_memory_allocated()
+            if i > 0:
+                times[name].append({"generation": generation, **seconds})
+    common = _common(c) | {"weights": step.weights, "tokens": tokens}
+    errors = _errors(step, next(rollout.micro_batches(c.micro_batch)))
+    for name in LOSSES:
+        row = common | {"contender": name, "variant": ""}
+        if name in failed:
+            yield row | {"error": error_text(failed[name])}
+            continue
+        steps = [sum(phases.values()) for phases in times[name]]
+        timing = summary(steps, median(steps))
+        row |= timing._asdict() | errors[name]
+        row["phases"] = {phase: median(phases[phase] for phases in times[name]) for phase in _PHASES}
+        if name in peaks:
+            row["peak_bytes"] = peaks[name]
+        else:
+            row["extra_bytes"] = extra_bytes_in_fresh_process(_in_fresh_process, c, name, c.micro_batch)
+        yield row
+    if c.most:
+        yield from _largest_batches(c, step, common)
+
+
+def _common(c: Configuration) -> dict[str, Any]:
+    return {"benchmark": "training_step", **{k: v for k, v in asdict(c).items() if k not in ("rounds", "most")}}
+
+
+def _errors(step: Step, part: Any) -> dict[str, dict[str, float]]:
+    """Of each loss and its gradients on the hidden states of a micro-batch as they are."""
+    with torch.no_grad():
+        hidden = step.hidden(part)
+    weight = step.head.module.weight.detach().to(hidden.dtype)
+    operands = Operands(hidden.detach(), weight).clone()
+    exact = LinearReference(operands, draw_linear_targets(operands), _TEMPERATURE)
+    found = {}
+    for name, loss in LOSSES.items():
+        with step.computing():
+            value = loss(*operands)
+        gradients = torch.autograd.grad(value, operands)
+        wanted = torch.tensor(exact.exact("entropy").loss)
+        errors = {"loss_error": relative_error(value.detach().cpu(), wanted)}
+        errors |= exact.gradient_errors("entropy", gradients)
+        found[name] = demand(name, errors, LINEAR_BOUNDS[step.c.dtype])
+    return found
+
+
+def _largest_batches(c: Configuration, step: Step, common: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for name in LOSSES:
+        row = common | {"contender": name, "variant": "largest batch"}
+        limit = {"limit_bytes": _CPU_LIMIT_BYTES} if c.device == "cpu" else {}
+        largest, more = _largest(lambda batch, name=name: _fits(c, step, name, batch), c.most)
+        yield row | {"largest_batch": largest, "or_more": more, "tokens_each": c.new_tokens, **limit}
+
+
+def _largest(fits: Callable[[int], bool], most: int) -> tuple[int, bool]:
+    """The largest batch, to an eighth, that fits, 0 if none does; and whether the search ended before one did not."""
+    lower, upper = 0, 1
+    while upper <= most and fits(upper):
+        lower, upper = upper, 2 * upper
+    if upper > most:
+        return lower, True
+    while upper - lower > max(1, lower // 8):
+        middle = (lower + upper) // 2
+        lower, upper = (middle, upper) if fits(middle) else (lower, middle)
+    return lower, False
+
+
+def _fits(c: Configuration, step: Step, name: str, batch: int) -> bool:
+    if c.device == "cpu":
+        return extra_bytes_in_fresh_process(_in_fresh_process, c, name, batch) <= _CPU_LIMIT_BYTES
+    step.c = replace(c, micro_batch=batch)
+    try:
+        step.train(step.drawn_rollout(batch), LOSSES[name])
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        step.c = c
+        step.optimizer.zero_grad()
+        torch.cuda.empty_cache()
+    return True
+
+
+def _in_fresh_process(c: Configuration, name: str, batch: int) -> Callable[[], Any]:
+    step = Step(replace(c, micro_batch=batch))
+    rollout = step.drawn_rollout(batch)
+    return lambda: step.train(rollout, LOSSES[name])
+
+
+def header(c: Configuration) -> str:
+    phases = " ".join(f"{phase:>10}" for phase in _PHASES)
+    return (
+        f"{c.model} {c.dtype}, {c.batch} completions of {c.new_tokens} tokens, {c.micro_batch} at a time\n"
+        f"{'':56} {'s':>8} {phases} {'peak GiB':>9} {'loss':>8} {'weight':>8}"
+    )
+
+
+def line(row: dict[str, Any]) -> str:
+    if "largest_batch" in row:
+        more = " or more" if row["or_more"] else ""
+        limit = f" in {row['limit_bytes'] / 2**30:g} GiB" if "limit_bytes" in row else ""
+        return f"{row['largest_batch']}{more} completions of {row['tokens_each']} tokens fit{limit}"
+    phases = " ".join(f"{row['phases'][phase]:10.2f}" for phase in _PHASES)
+    peak = row.get("peak_bytes", row.get("extra_bytes", math.nan)) / 2**30
+    return f"{row['seconds']:8.2f} {phases} {peak:9.2f} {row['loss_error']:8.1e} {row['weight_gradient_error']:8.1e}"
