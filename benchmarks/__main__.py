@@ -61,10 +61,11 @@ def main() -> int:
         for suite in suites:
             # A process each: what one leaves behind, in memory or in a GPU's state, is not the next one's.
             command = [sys.executable, str(Path(__file__).parent), "--suite", suite, "--size", options.size]
-            if subprocess.call([*command, "--out", str(options.out), "--device", device.type]):
-                failed.append(suite)
+            with subprocess.Popen([*command, "--out", str(options.out), "--device", device.type]) as process:
+                if process.wait():
+                    failed.append(suite)
     except KeyboardInterrupt:
-        if len(suites) == 1:  # Of several, the one that was running says it.
+        if len(suites) == 1:  # Of several, the one that was running says it; leaving Popen has waited for it.
             print(f"\n{parser.prog}: interrupted; what was measured is in {options.out}", file=sys.stderr)
         return 130
     minutes, seconds = divmod(round(time.monotonic() - start), 60)

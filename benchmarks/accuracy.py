@@ -194,6 +194,10 @@ class LinearReference:
             self._exact[loss] = self._compute(loss)
         return self._exact[loss]
 
+    def loss(self, loss: str) -> Tensor:
+        """Its mean, a scalar in float64."""
+        return torch.tensor(self.exact(loss).loss, dtype=torch.float64)
+
     def _compute(self, loss: str) -> Exact:
         hidden, weight = (x.detach().double() for x in self.operands)
         rows = max(1, _CHUNK_ELEMENTS // len(weight))

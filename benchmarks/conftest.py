@@ -10,6 +10,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from options import SIZES, SUITES
 
+# The fields of the suites' configurations that tell them apart.
+_SHAPE = ("dtype", "takes", "model", "logits", "rows", "dim", "vocab", "batch", "new_tokens")
+
 
 def pytest_addoption(parser):
     group = parser.getgroup("em_kernels")
@@ -32,7 +35,3 @@ def pytest_generate_tests(metafunc):
                 cases.append((suite, c, contender))
                 ids.append(f"{name}-{shape}-{contender}")
     metafunc.parametrize(("suite", "configuration", "contender"), cases, ids=ids)
-
-
-# The fields of the suites' configurations that tell them apart.
-_SHAPE = ("dtype", "takes", "model", "logits", "rows", "dim", "vocab", "batch", "new_tokens")

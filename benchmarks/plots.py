@@ -8,8 +8,8 @@ from matplotlib.figure import Figure
 
 Row = dict[str, Any]
 
-_OURS, _OURS_TOO, _GRAY = "#1f4e9c", "#6fa3e0", "#8a8a8a"
-_OTHERS = ("#d98c2b", "#5d9e52", "#b05c8e", "#c0504d", "#7a6fb0", "#4aa3a3", "#a58b4f", "#d1729b")
+_OURS, _OURS_TOO, _OURS_BARE, _GRAY = "#1f4e9c", "#6fa3e0", "#a8c4e8", "#8a8a8a"
+_OTHERS = ("#d98c2b", "#5d9e52", "#b05c8e", "#c0504d", "#7a6fb0", "#4aa3a3", "#a58b4f", "#d1729b", "#6b8e23", "#8c564b")
 
 
 def plot(runs: dict[str, list[Row]], file: Path) -> None:
@@ -114,7 +114,7 @@ def _tolerance(axes: Axes, rows: list[Row]) -> None:
 
 def _color(name: str, names: list[str]) -> str:
     if name.startswith("ours"):
-        return _OURS if name == "ours" else _OURS_TOO
+        return {"ours": _OURS, "ours, in place": _OURS_TOO}.get(name, _OURS_BARE)
     if name == "eager":
         return _GRAY
     others = [other for other in names if not other.startswith("ours") and other != "eager"]

@@ -7,6 +7,7 @@ refused: nobody could check out what they measured.
 
 import argparse
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -22,7 +23,7 @@ _DEVICES = {"cpu": "cpu", "gpu": "cuda"}
 # Marks behind a name; Markdown needs the backslash.
 _MARKS = {
     "\\*": "computes less, the cross entropy: one logit of a row and a normaliser, no sum over the distribution",
-    "†": "gives each token's log-probability and entropy, for any upstream gradient, and so makes four matmuls",
+    "†": "gives statistics of each token, for any upstream gradient, and so makes four matmuls",
     "‡": "the host takes as long to launch it, or waits for the device in between: not the device's time alone",
 }
 
@@ -57,9 +58,11 @@ def latest_run(rows: Iterable[Row], benchmark: str, device: str) -> list[Row]:
     return [row for row in rows if row["machine"]["time"] == latest]
 
 
-def report(runs: dict[str, list[Row]], device: str) -> str:
-    """The suites' tables, what they have of the targets, and who was not measured."""
-    parts = [table(rows) for suite, rows in runs.items() if rows and (table := _TABLES.get(suite))]
+def report(runs: dict[str, list[Row]], device: str, picture: str) -> str:
+    """The picture, the suites' tables, what they have of the targets, and who was not measured."""
+    shown = "Share of a copy's speed by vocabulary, memory by tokens, time by mask share, time by grad_tolerance"
+    parts = [f"![{shown}]({picture})"]
+    parts += [table(rows) for suite, rows in runs.items() if rows and (table := _TABLES.get(suite))]
     parts = [part for part in parts if part]
     every = [row for rows in runs.values() for row in rows]
     reached = outcomes(every, device)
@@ -107,9 +110,15 @@ def _logits(rows: list[Row]) -> str:
 def _hidden(rows: list[Row]) -> str:
     timed = [row for row in rows if "seconds" in row or "error" in row]
     shapes = _shapes(timed, ("model", "dtype", "rows"), 3)
-    held = [row for row in rows if "extra_bytes" in row]
-    most = max((row["rows"] for row in held), default=0)
-    memory = {row["contender"]: row["extra_bytes"] for row in held if row["rows"] == most}
+    # Of the model whose memory was measured at the most numbers of tokens, at the largest.
+    measured: dict[str, dict[int, dict[str, int]]] = {}
+    for row in rows:
+        if "extra_bytes" in row:
+            tokens = measured.setdefault(row["model"], {}).setdefault(row["rows"], {})
+            tokens[row["contender"]] = row["extra_bytes"]
+    model = max(measured, key=lambda name: len(measured[name]), default="")
+    most = max(measured.get(model, {}), default=0)
+    memory = measured.get(model, {}).get(most, {})
     columns: list[tuple[str, Callable[[Row], str]]] = [
         ("error", lambda row: f"{row['weight_gradient_error']:.1e}" if "weight_gradient_error" in row else "")
     ]
@@ -117,7 +126,7 @@ def _hidden(rows: list[Row]) -> str:
     if memory:
         columns.append(
             (
-                f"MiB, {most:,} tokens",
+                f"MiB, {model}, {most:,} tokens",
                 lambda row: _round(memory[row["contender"]] / 2**20) if row["contender"] in memory else "",
             )
         )
@@ -125,7 +134,8 @@ def _hidden(rows: list[Row]) -> str:
     text = _table(
         "**The loss on hidden states**, forward + backward of the mean at temperature 0.5: milliseconds (20th to 80th "
         "percentile), and the time over that of the three plain matmuls; error of the weight's gradient against "
-        f"float64, its norm over the gradient's (of the last column's operands){where}.",
+        f"float64, its norm over the gradient's (of the last column's operands){where}. On a CPU the operands of "
+        "SmolLM2-135M are those of its own completions; all others are drawn, about as peaked.",
         shapes,
         [f"{model}, {dtype}, {tokens:,} tokens" for model, dtype, tokens in shapes],
         lambda row: row["contender"],
@@ -182,7 +192,7 @@ def _step(rows: list[Row]) -> str:
         if largest:
             cells.append("" if found is None else f"{found['largest_batch']}{' or more' if found['or_more'] else ''}")
         lines.append(_line(cells))
-    first, kind = steps[0], "beyond model, gradients and optimiser state" if "extra_bytes" in steps[0] else "in all"
+    first, kind = steps[0], "beyond the model and the optimiser's state" if "extra_bytes" in steps[0] else "in all"
     text = (
         f"**An optimiser step** of one-shot EM, {first['batch']} completions of up to {first['new_tokens']} tokens, "
         f"{first['micro_batch']} at a time: seconds of its parts, and memory {kind}. Ours makes most of the gradient "
@@ -223,7 +233,7 @@ def _targets(reached: list[Outcome]) -> str:
     for outcome in reached:
         unit = outcome.target.unit
         verdict = "reached" if outcome.met else "**behind**"
-        worst = f"{outcome.worst:.3g}{unit} of {outcome.count}"
+        worst = "failed" if math.isinf(outcome.worst) else f"{outcome.worst:.3g}{unit} of {outcome.count}"
         lines.append(_line([outcome.target.text, f"{outcome.target.bound:.3g}{unit}", worst, verdict]))
     return "\n".join(["**Targets**", "", *lines])
 
@@ -259,11 +269,12 @@ def _table(
     contenders: dict[str, dict[int, Row]] = {}
     for i, rows in enumerate(shapes.values()):
         for row in rows:
-            contenders.setdefault(name(row) + "".join(_marks(row)), {})[i] = row
+            contenders.setdefault(name(row), {})[i] = row
     head = ["", *(cell for title in titles for cell in (title, "")), *(title for title, _ in columns)]
     lines = [text, "", _line(head), _line("---" for _ in head)]
     for contender, found in contenders.items():
-        cells = [contender]
+        marked = {mark for row in found.values() for mark in _marks(row)}
+        cells = [contender + "".join(mark for mark in _MARKS if mark in marked)]
         for i in range(len(shapes)):
             row = found.get(i)
             if row is None:
@@ -353,7 +364,14 @@ def main() -> None:
                 fail(f"the latest rows of {when}, are of no commit: commit all changes, measure again")
             if found and found[0].get("size") == "tiny":
                 fail(f"the latest rows of {suite} on the {kind} are of size tiny, which measures nothing")
-        text = insert(text, kind, report(suites, _DEVICES[kind]))
+        surroundings = {
+            tuple(found[0]["machine"].get(key) for key in ("name", "threads", "driver", "torch", "triton", "python"))
+            for found in suites.values()
+            if found
+        }
+        if len(surroundings) > 1:
+            fail(f"the latest rows on the {kind} are of different machines or versions: {sorted(surroundings)}")
+        text = insert(text, kind, report(suites, _DEVICES[kind], f"benchmarks/results/measured_{kind}.png"))
     for kind, suites in runs.items():
         plot(suites, options.results / f"measured_{kind}.png")
     options.readme.write_text(text)

@@ -1,8 +1,8 @@
 """What the suites have in common: contenders on the same inputs, the rows they make, and running a suite.
 
 A suite is a module. `configurations(size, device)` are the shapes it measures, dataclasses, those first that say most;
-`names(c)` and `prepare(c)` the contenders of one; `rows(c)` measures them; `missing(device)` says which of its peers do
-not run here and why; `header(c)` and `line(row)` are what is printed.
+`names(c)` and `prepare(c)` the contenders of one (not of tune_tiles, which has no peers); `rows(c)` measures them;
+`missing(device)` says which of its peers do not run here and why; `header(c)` and `line(row)` are what is printed.
 """
 
 import gc
@@ -146,4 +146,6 @@ def _continued(name: str) -> dict[str, Any]:
 
 def row_line(row: dict[str, Any], line: Callable[[dict[str, Any]], str]) -> str:
     start = f"{row['contender']:>38} {row.get('variant') or '':<17}"
-    return f"{start} {row['error']}" if "error" in row else f"{start} {line(row)}"
+    if "error" in row:
+        return f"{start} {row['error']}"
+    return f"{start} {line(row)}" + (f"\n{'':57}memory: {row['memory_error']}" if "memory_error" in row else "")

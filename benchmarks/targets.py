@@ -57,13 +57,12 @@ def outcomes(rows: Iterable[Row], device: str) -> list[Outcome]:
 
 def _ours(variant: str, dtype: str, least_bytes: int = 0) -> Callable[[Row], bool]:
     def concerns(row: Row) -> bool:
-        itemsize = 4 if row.get("dtype") == "float32" else 2
         return (
             row["contender"] == "ours"
             and row["variant"] == variant
             and row["dtype"] == dtype
             and row["logits"] == "peaked"
-            and row["rows"] * row["vocab"] * itemsize >= least_bytes
+            and row["rows"] * row["vocab"] * _itemsize(row) >= least_bytes
         )
 
     return concerns

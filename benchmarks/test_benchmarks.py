@@ -51,11 +51,13 @@ def test_benchmark(benchmark, prepare, suite, configuration, contender):
     for _ in range(2):  # Loading and compiling; then an estimate.
         slot = next(slots)
         start = time.perf_counter()
-        result = run(slot)
-        seconds = time.perf_counter() - start
-        errors = prepared.check(contender, result)
-        restore(slot)
-    del result
+        try:
+            result = run(slot)
+            seconds = time.perf_counter() - start
+            errors = prepared.check(contender, result)
+            del result
+        finally:
+            restore(slot)
     benchmark.group = f"{suite.__name__} {configuration}"
     benchmark.extra_info.update(errors)
     benchmark.pedantic(
@@ -64,3 +66,6 @@ def test_benchmark(benchmark, prepare, suite, configuration, contender):
         teardown=restore,
         rounds=min(max(int(_SECONDS / seconds), _FEWEST_ROUNDS), _MOST_ROUNDS),
     )
+    if benchmark.disabled:  # Then it has called once, and not torn down.
+        for slot in range(prepared.slots):
+            restore(slot)

@@ -88,13 +88,15 @@ def measure(
         slot, turn = turn % slots, turn + 1
         # A result is kept until its input comes up again, so that outputs rotate through memory as inputs do.
         held.pop(slot, None)
-        seconds, host_seconds, held[slot] = clock(calls[name].run, slot, device)
-        host_times[name].append(host_seconds)
-        if last and check is not None:
-            check(name, held[slot])
         restore = calls[name].restore
-        if restore is not None:
-            restore(slot)
+        try:
+            seconds, host_seconds, held[slot] = clock(calls[name].run, slot, device)
+            host_times[name].append(host_seconds)
+            if last and check is not None:
+                check(name, held[slot])
+        finally:  # Whoever comes next finds the input whole, also after a failure.
+            if restore is not None:
+                restore(slot)
         return seconds
 
     def guarded(name: str, last: bool = False) -> float | None:
@@ -125,7 +127,8 @@ def measure(
             if guarded(name) is None or (i > 0 and time.perf_counter() - first > _WARM_SECONDS):
                 break
         # The time of a round is that of all there is to a call, not only of what is timed.
-        estimate += time.perf_counter() - last
+        if name not in results:
+            estimate += time.perf_counter() - last
         host_times[name].clear()
     rounds = min(max(int(budget / max(estimate, 1e-9)), _FEWEST_ROUNDS), most_rounds)
     for i in range(rounds):

@@ -3,9 +3,9 @@
 Each contender's row has the median `seconds` of a step (with `p20` and `p80`) and of its `phases`: generation, shared
 by all contenders of a round; forward, up to the last hidden states; loss, from there on; backward; and optimiser. Ours
 makes most of the gradient in the loss already. `peak_bytes` is what the GPU's allocator held at most; `extra_bytes`, on
-the CPU, what a fresh process held at most beyond the model, its gradients and the optimiser's state. The loss and its
-gradients are checked against float64 on the hidden states of a micro-batch. A row with `largest_batch` says with how
-many completions a forward and backward pass fit: the GPU's memory, or, on the CPU, `limit_bytes` beyond the same.
+the CPU, what a fresh process held at most beyond the model and the optimiser's state. The loss and its gradients are
+checked against float64 on the hidden states of a micro-batch. A row with `largest_batch` says with how many completions
+a forward and backward pass fit: the GPU's memory, or, on the CPU, `limit_bytes` beyond the same.
 """
 
 import gc
@@ -19,7 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from accuracy import SEED, LinearReference, Operands, demand, draw_linear_targets, relative_error
+from accuracy import SEED, LinearReference, Operands, demand, relative_error
 from entropy_loss import eager
 from linear_entropy import LINEAR_BOUNDS
 from memory import extra_bytes_in_fresh_process
@@ -234,9 +234,9 @@ def prepare(c: Configuration) -> Prepared:
     """Of a step but for its generation."""
     step = Step(c)
     rollout, _ = step.generate(seed=SEED)
-    errors = _errors(step, next(rollout.micro_batches(c.micro_batch)))
+    errors = Errors(step, next(rollout.micro_batches(c.micro_batch)))
     calls = {name: Call(lambda slot, loss=loss: step.train(rollout, loss)) for name, loss in LOSSES.items()}
-    return Prepared(calls, 1, lambda name, result: errors[name], {}, "eager")
+    return Prepared(calls, 1, lambda name, result: errors.of(name), {}, "eager")
 
 
 def rows(c: Configuration) -> Iterator[dict[str, Any]]:
@@ -269,20 +269,28 @@ def rows(c: Configuration) -> Iterator[dict[str, Any]]:
             if i > 0:
                 times[name].append({"generation": generation, **seconds})
     common = _common(c) | {"weights": step.weights, "tokens": tokens}
-    errors = _errors(step, next(rollout.micro_batches(c.micro_batch)))
+    errors = Errors(step, next(rollout.micro_batches(c.micro_batch)))
     for name in LOSSES:
         row = common | {"contender": name, "variant": ""}
+        if name not in failed:
+            try:
+                row |= errors.of(name)
+            except Exception as error:
+                failed[name] = error
         if name in failed:
             yield row | {"error": error_text(failed[name])}
             continue
         steps = [sum(phases.values()) for phases in times[name]]
         timing = summary(steps, median(steps))
-        row |= timing._asdict() | errors[name]
+        row |= timing._asdict()
         row["phases"] = {phase: median(phases[phase] for phases in times[name]) for phase in _PHASES}
         if name in peaks:
             row["peak_bytes"] = peaks[name]
         else:
-            row["extra_bytes"] = extra_bytes_in_fresh_process(_in_fresh_process, c, name, c.micro_batch)
+            try:
+                row["extra_bytes"] = extra_bytes_in_fresh_process(_in_fresh_process, c, name, c.micro_batch)
+            except Exception as error:
+                row["memory_error"] = error_text(error)
         yield row
     if c.most:
         yield from _largest_batches(c, step, common)
@@ -292,23 +300,24 @@ def _common(c: Configuration) -> dict[str, Any]:
     return {"benchmark": "training_step", **{k: v for k, v in asdict(c).items() if k not in ("rounds", "most")}}
 
 
-def _errors(step: Step, part: Any) -> dict[str, dict[str, float]]:
+class Errors:
     """Of each loss and its gradients on the hidden states of a micro-batch as they are."""
-    with torch.no_grad():
-        hidden = step.hidden(part)
-    weight = step.head.module.weight.detach().to(hidden.dtype)
-    operands = Operands(hidden.detach(), weight).clone()
-    exact = LinearReference(operands, draw_linear_targets(operands), _TEMPERATURE)
-    found = {}
-    for name, loss in LOSSES.items():
-        with step.computing():
-            value = loss(*operands)
-        gradients = torch.autograd.grad(value, operands)
-        wanted = torch.tensor(exact.exact("entropy").loss)
-        errors = {"loss_error": relative_error(value.detach().cpu(), wanted)}
-        errors |= exact.gradient_errors("entropy", gradients)
-        found[name] = demand(name, errors, LINEAR_BOUNDS[step.c.dtype])
-    return found
+
+    def __init__(self, step: Step, part: Any) -> None:
+        with torch.no_grad():
+            hidden = step.hidden(part)
+        weight = step.head.module.weight.detach().to(hidden.dtype)
+        self.step, self.operands = step, Operands(hidden.detach(), weight).clone()
+        no_targets = torch.zeros(len(hidden), dtype=torch.int64, device=step.device)
+        self.exact = LinearReference(self.operands, no_targets, _TEMPERATURE)
+
+    def of(self, name: str) -> dict[str, float | None]:
+        with self.step.computing():
+            value = LOSSES[name](*self.operands)
+        gradients = torch.autograd.grad(value, self.operands)
+        errors = {"loss_error": relative_error(value.detach().cpu(), self.exact.loss("entropy"))}
+        errors |= self.exact.gradient_errors("entropy", gradients)
+        return demand(name, errors, LINEAR_BOUNDS[self.step.c.dtype])
 
 
 def _largest_batches(c: Configuration, step: Step, common: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -338,11 +347,15 @@ def _fits(c: Configuration, step: Step, name: str, batch: int) -> bool:
     step.c = replace(c, micro_batch=batch)
     try:
         step.train(step.drawn_rollout(batch), LOSSES[name])
-    except torch.OutOfMemoryError:
-        return False
+    except RuntimeError as error:
+        # A library that cannot allocate says so in words of its own.
+        if isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error):
+            return False
+        raise
     finally:
         step.c = c
         step.optimizer.zero_grad()
+        gc.collect()
         torch.cuda.empty_cache()
     return True
 
@@ -350,7 +363,12 @@ def _fits(c: Configuration, step: Step, name: str, batch: int) -> bool:
 def _in_fresh_process(c: Configuration, name: str, batch: int) -> Callable[[], Any]:
     step = Step(replace(c, micro_batch=batch))
     rollout = step.drawn_rollout(batch)
-    return lambda: step.train(rollout, LOSSES[name])
+
+    def call() -> None:
+        step.train(rollout, LOSSES[name])
+        step.optimizer.zero_grad()  # What is there before a step holds no gradients, what is there at most does.
+
+    return call
 
 
 def header(c: Configuration) -> str:

@@ -140,12 +140,12 @@ def _bench(arguments: Sequence[str]) -> int:
     if not (folder / "__main__.py").is_file():
         print(f"em-kernels bench: error: {folder} is not there; the benchmarks need a checkout", file=sys.stderr)
         return 2
-    try:
-        return subprocess.call(
-            [sys.executable, str(folder), *arguments], env={**os.environ, "EM_BENCH_NAME": "em-kernels bench"}
-        )
-    except KeyboardInterrupt:  # What ran has said so.
-        return 130
+    environment = {**os.environ, "EM_BENCH_NAME": "em-kernels bench"}
+    with subprocess.Popen([sys.executable, str(folder), *arguments], env=environment) as process:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:  # Which it has got too, and will answer.
+            return process.wait()
 
 
 def _info() -> None:

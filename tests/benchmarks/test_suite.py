@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -55,7 +56,7 @@ def test_several_suites_run_in_processes_of_their_own(tmp_path):
     done = subprocess.run([*command, "--out", tmp_path], env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert {file.name for file in tmp_path.iterdir()} == {"host_overhead.jsonl", "token_stats.jsonl"}
-    assert "2 suites in 0 min" in done.stdout or "2 suites in 1 min" in done.stdout
+    assert re.search(r"2 suites in \d+ min \d+ s", done.stdout)
 
 
 def broken():
@@ -142,7 +143,7 @@ def test_after_a_contender_that_leaves_the_gpu_unusable_a_new_process_goes_on_wi
     assert done.returncode == 0, done.stderr
     measured = [(row["number"], row["contender"]) for row in rows if "seconds" in row]
     assert measured == [(0, "fine"), (0, "ours"), (1, "fine"), (1, "ours")]
-    assert all("unusable" in row["error"] for row in rows if row.get("contender") == "bad")
+    assert ["unusable" in row["error"] for row in rows if row.get("contender") == "bad"] == [True, True]
     assert len([row for row in rows if "not_run" in row]) == 1
     assert len({row["machine"]["time"] for row in rows}) == 1
     assert rows[-1]["finished"]

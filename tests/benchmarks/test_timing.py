@@ -8,6 +8,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import timing
+import training_step
 from timing import Call, Timing, Unusable, measure, summary
 
 CPU = torch.device("cpu")
@@ -39,6 +40,23 @@ def test_a_contender_after_which_the_device_answers_with_errors_is_told_from_one
     with pytest.raises(Unusable, match="illegal memory access") as raised:
         measure(calls, torch.device("cuda"), enqueue=True, budget=0.01)
     assert raised.value.contender == "bad"
+
+
+def test_what_a_failing_contender_has_overwritten_is_restored():
+    restored = []
+
+    def fail(slot):
+        raise ValueError("broken")
+
+    measure({"a": Call(fail, restored.append), "b": Call(lambda slot: slot)}, CPU, budget=0.01)
+    assert restored == [0]
+
+
+@pytest.mark.parametrize(("limit", "most", "found"), [(0, 8, 0), (1, 8, 1), (40, 64, 40), (23, 64, 23), (200, 64, 64)])
+def test_the_largest_batch_is_found_to_an_eighth(limit, most, found):
+    largest, more = training_step._largest(lambda batch: batch <= limit, most)
+    assert more == (limit >= most)
+    assert largest <= found <= largest * 9 / 8 + 1
 
 
 def test_a_failing_check_is_the_contenders_failure():
