@@ -15,6 +15,11 @@ SEED = 0
 _PEAKED_SCALE = 4.0
 # Entropy log V - 0.005.
 _FLAT_SCALE = 0.1
+# Of operands for the loss on hidden states: how many logits of a token count, the largest, its mean lead over the next,
+# and the mean distance between those that follow.
+_RIVALS = 12
+_HIGHEST_LOGIT = 16.0
+_MEAN_LEAD, _MEAN_GAP = 3.5, 0.45
 _CHUNK_ELEMENTS = 1 << 24
 _SAMPLED_ROWS = 32
 # An entropy may be off by 2e-6 of itself plus 3e-7: divided by H + 0.15 both become 2e-6.
@@ -51,14 +56,28 @@ def draw_logits(kind: str, rows: int, vocab: int, dtype: torch.dtype, device: to
 
 
 def draw_operands(rows: int, dim: int, vocab: int, dtype: torch.dtype, device: torch.device) -> Operands:
-    """Hidden states along some of the first fiftieth of the weight's rows: most of the vocabulary is unlikely."""
+    """About as peaked, at temperature 0.5, as a real model's on its own completions.
+
+    Each token has some rivals, of logits exponential below the likeliest one's, from a twelfth of the vocabulary; all
+    other logits are far below. At D 576 and a vocabulary of 49152 the mean entropy is 0.39 nats, and entries of the
+    gradient above 1e-6 lie in 92 % of the rows of 512 tokens and 7 % of the columns: those of SmolLM2-135M-Instruct's
+    completions are 0.34 nats, 98 % and 8 %.
+    """
     generator = torch.Generator(device).manual_seed(SEED)
     options = {"generator": generator, "device": device}
     weight = torch.randn(vocab, dim, **options) / dim**0.5
-    likely = torch.randint(max(3, vocab // 50), (rows, 3), **options)
-    hidden = torch.zeros(rows, dim, device=device)
-    for column in likely.unbind(1):
-        hidden += 6 * torch.rand(rows, 1, **options) * weight[column]
+    rivals = min(_RIVALS, dim)
+    # Each from a part of its own: two that are the same could not have different logits.
+    part_size = max(1, vocab // 12 // rivals)
+    chosen = torch.randint(part_size, (rows, rivals), **options) + part_size * torch.arange(rivals, device=device)
+    gaps = torch.empty(rows, rivals, device=device).exponential_(generator=generator) * _MEAN_GAP
+    gaps[:, 0], gaps[:, 1] = 0, gaps[:, 1] * _MEAN_LEAD / _MEAN_GAP
+    wanted = _HIGHEST_LOGIT - gaps.cumsum(1)
+    hidden = torch.empty(rows, dim, device=device)
+    for part in torch.arange(rows, device=device).split(1024):
+        near = weight[chosen[part]]
+        # The shortest hidden states that have these logits.
+        hidden[part] = (torch.linalg.solve(near @ near.mT, wanted[part]).unsqueeze(1) @ near).squeeze(1)
     return Operands(hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_())
 
 
