@@ -66,12 +66,12 @@ def draw_operands(rows: int, dim: int, vocab: int, dtype: torch.dtype, device: t
     generator = torch.Generator(device).manual_seed(SEED)
     options = {"generator": generator, "device": device}
     weight = torch.randn(vocab, dim, **options) / dim**0.5
-    rivals = min(_RIVALS, dim)
+    rivals = min(_RIVALS, dim, vocab)
     # Each from a part of its own: two that are the same could not have different logits.
     part_size = max(1, vocab // 12 // rivals)
     chosen = torch.randint(part_size, (rows, rivals), **options) + part_size * torch.arange(rivals, device=device)
     gaps = torch.empty(rows, rivals, device=device).exponential_(generator=generator) * _MEAN_GAP
-    gaps[:, 0], gaps[:, 1] = 0, gaps[:, 1] * _MEAN_LEAD / _MEAN_GAP
+    gaps[:, :1], gaps[:, 1:2] = 0, gaps[:, 1:2] * _MEAN_LEAD / _MEAN_GAP
     wanted = _HIGHEST_LOGIT - gaps.cumsum(1)
     hidden = torch.empty(rows, dim, device=device)
     for part in torch.arange(rows, device=device).split(1024):

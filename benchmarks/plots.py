@@ -29,7 +29,8 @@ def plot(runs: dict[str, list[Row]], file: Path) -> None:
         axes.set_ylim(bottom=0)
         axes.tick_params(labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(fontsize=7, frameon=False)
+        many = len(axes.get_legend_handles_labels()[0]) > 6
+        axes.legend(fontsize=7, frameon=False, **({"loc": "center left", "bbox_to_anchor": (1, 0.5)} if many else {}))
     figure.savefig(file, dpi=110)
 
 

@@ -33,6 +33,13 @@ def test_drawn_operands_are_about_as_peaked_as_a_models(dtype):
     assert 0.02 < reference.sparsity["columns_kept"] < 0.3
 
 
+@pytest.mark.parametrize(("dim", "vocab"), [(64, 8), (2, 100), (1, 1)])
+def test_operands_of_any_shape_can_be_drawn(dim, vocab):
+    operands = draw_operands(3, dim, vocab, torch.float32, CPU)
+    assert [tuple(x.shape) for x in operands] == [(3, dim), (vocab, dim)]
+    assert all(x.isfinite().all() and x.requires_grad for x in operands)
+
+
 def test_targets_are_drawn_from_the_rows_own_distributions():
     logits = torch.zeros(4000, 3)
     logits[:, 1], logits[:, 2] = 1.0, -torch.inf
