@@ -189,3 +189,14 @@ def test_what_cannot_be_reported_is_refused_and_the_readme_left_alone(report, tm
     assert len(done.stderr.splitlines()) == 1
     assert message in done.stderr
     assert (tmp_path / "README.md").read_text() == readme
+
+
+def test_the_readme_shows_what_the_stored_rows_say(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text((BENCHMARKS.parent / "README.md").read_text())
+    results = tmp_path / "results"
+    results.mkdir()
+    for file in (BENCHMARKS / "results").glob("*.jsonl"):
+        (results / file.name).write_text(file.read_text())
+    subprocess.run([sys.executable, REPORT, "--results", results, "--readme", readme], check=True)
+    assert readme.read_text() == (BENCHMARKS.parent / "README.md").read_text()
