@@ -66,7 +66,7 @@ if [ -d "$wheels" ]; then
     trap 'rm -rf "$peers"' EXIT
     step wheels bash -c '"$1" -m venv --without-pip --system-site-packages "$2" || exit 1
         here=$("$2/bin/python" -c "import sysconfig; print(sysconfig.get_path(\"purelib\"))")
-        "$1" -c "import site; [print(f'import site; site.addsitedir({folder!r})') for folder in site.getsitepackages()]" \
+        "$1" -c "import site; [print(f\"import site; site.addsitedir({folder!r})\") for folder in site.getsitepackages()]" \
             >"$here/machine.pth"
         status=0
         for wheel in "$3"/*.whl; do
