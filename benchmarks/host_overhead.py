@@ -93,7 +93,8 @@ def rows(c: Configuration) -> Iterator[dict[str, Any]]:
             continue
         over = {"over_cross_entropy": timing.seconds / peer.seconds} if isinstance(peer, Timing) else {}
         yield row | timing._asdict() | over
-    for contender, variant in calls(c):
+    for name in timings:
+        contender, _, variant = name.partition(" | ")
         if variant == "forward":
             continue
         row = _row(c, contender, variant, "first call")

@@ -223,10 +223,12 @@ def _no_targets(c: Configuration) -> Tensor:
 
 def prepare(c: Configuration) -> Prepared:
     device = torch.device(c.device)
-    operands, real = draw(c), False
+    operands = None
     if c.model == "SmolLM2-135M" and c.device == "cpu":
         with contextlib.suppress(UsageError):  # Its package is not installed.
-            operands, real = completions_of_the_model(c.rows), True
+            operands = completions_of_the_model(c.rows)
+    drawn = operands is None
+    operands = operands or draw(c)
     target = draw_linear_targets(operands, TEMPERATURE)
     exact = LinearReference(operands, target, TEMPERATURE)
     exact.exact("entropy")
@@ -246,7 +248,7 @@ def prepare(c: Configuration) -> Prepared:
     notes = {
         name: {
             "computes": computes,
-            "drawn": not real,
+            "drawn": drawn,
             "per_token": name in _PER_TOKEN,
             "flops": 6 * c.rows * c.vocab * c.dim,
             **exact.sparsity,

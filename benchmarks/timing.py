@@ -105,9 +105,7 @@ def measure(
         try:
             return one(name, last)
         except Exception as error:  # A contender may fail in any way: out of memory, a compiler's own error, its check.
-            # Its traceback would keep every tensor of the failed call.
-            results[name] = error.with_traceback(None)
-            error.__context__ = error.__cause__ = None
+            results[name] = without_frames(error)
             held.clear()
             gc.collect()
             if device.type == "cuda":
@@ -142,6 +140,12 @@ def measure(
         name: results[name] if name in results else summary(times[name], statistics.median(host_times[name]))
         for name in calls
     }
+
+
+def without_frames(error: Exception) -> Exception:
+    """The same error: what its traceback refers to would keep every tensor of the failed call."""
+    error.__context__ = error.__cause__ = None
+    return error.with_traceback(None)
 
 
 def _show(text: str) -> None:

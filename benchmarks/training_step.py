@@ -25,7 +25,7 @@ from linear_entropy import LINEAR_BOUNDS
 from memory import extra_bytes_in_fresh_process
 from rows import error_text
 from suite import Prepared
-from timing import Call, summary, synchronize
+from timing import Call, summary, synchronize, without_frames
 from torch import Tensor
 
 from em_kernels import entropy_loss, linear_entropy_loss
@@ -256,9 +256,7 @@ def rows(c: Configuration) -> Iterator[dict[str, Any]]:
             try:
                 seconds = step.train(rollout, LOSSES[name])
             except Exception as error:
-                # Its traceback would keep every tensor of the failed call.
-                failed[name] = error.with_traceback(None)
-                error.__context__ = error.__cause__ = None
+                failed[name] = without_frames(error)
                 step.optimizer.zero_grad()
                 gc.collect()
                 if step.device.type == "cuda":
