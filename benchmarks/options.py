@@ -4,6 +4,6 @@ SUITES = ("entropy_loss", "linear_entropy", "token_stats", "training_step", "hos
 SIZES = {
     "small": "under ten minutes on two CPU cores",
     "paper": "the shapes of the paper's model",
-    "full": "every shape of the README and more",
+    "full": "every shape of docs/benchmarks.md and more",
     "tiny": "every line of the code in a few minutes, no numbers to keep",
 }

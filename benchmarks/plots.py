@@ -1,12 +1,10 @@
-"""The README's picture: four panels of a run, each left out where nothing was measured for it."""
+"""The picture of docs/benchmarks.md: four panels of a run, each left out where nothing was measured for it."""
 
 from pathlib import Path
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-
-Row = dict[str, Any]
+from stored_rows import Row
 
 _OURS, _OURS_TOO, _OURS_BARE, _GRAY = "#1f4e9c", "#6fa3e0", "#a8c4e8", "#8a8a8a"
 _OTHERS = ("#d98c2b", "#5d9e52", "#b05c8e", "#c0504d", "#7a6fb0", "#4aa3a3", "#a58b4f", "#d1729b", "#6b8e23", "#8c564b")

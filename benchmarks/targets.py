@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-Row = dict[str, Any]
+from stored_rows import Row, by_shape
 
 
 class Target(NamedTuple):
@@ -33,18 +33,12 @@ class Outcome(NamedTuple):
 
 def outcomes(rows: Iterable[Row], device: str) -> list[Outcome]:
     """Of the targets that the rows say something of."""
-    configurations: dict[tuple[Any, ...], dict[str, Row]] = {}
-    for row in rows:
-        if "contender" in row and "not_run" not in row:
-            shape = tuple(row.get(key) for key in ("benchmark", "dtype", "rows", "dim", "vocab", "logits", "model"))
-            others = configurations.setdefault(shape, {})
-            # Time and memory may have been measured apart.
-            others.setdefault(f"{row['contender']} | {row.get('variant', '')}", {}).update(row)
+    shapes = by_shape(rows)
     found = []
     for target in _TARGETS:
         values = [
             value
-            for others in configurations.values()
+            for others in shapes
             for row in others.values()
             if row["benchmark"] == target.benchmark and target.device == device and target.concerns(row)
             if (value := target.value(row, others)) is not None
@@ -62,7 +56,7 @@ def _ours(variant: str, dtype: str, least_bytes: int = 0) -> Callable[[Row], boo
             and row["variant"] == variant
             and row["dtype"] == dtype
             and row["logits"] == "peaked"
-            and row["rows"] * row["vocab"] * _itemsize(row) >= least_bytes
+            and row["rows"] * row["vocab"] * itemsize(row) >= least_bytes
         )
 
     return concerns
@@ -100,17 +94,17 @@ def _beyond(key: Callable[[Row], int], unit: float) -> Callable[[Row, dict[str, 
     return value
 
 
-def _gradient_bytes(row: Row) -> int:
-    return 0 if row["variant"] == "inplace_backward" else row["rows"] * row["vocab"] * _itemsize(row)
+def gradient_bytes(row: Row) -> int:
+    return 0 if row["variant"] == "inplace_backward" else row["rows"] * row["vocab"] * itemsize(row)
 
 
 def _linear_bytes(row: Row) -> int:
     """The gradients, and a sum of the weight's in float32."""
     weight = row["vocab"] * row["dim"]
-    return (row["rows"] * row["dim"] + weight) * _itemsize(row) + (weight * 4 if row["dtype"] != "float32" else 0)
+    return (row["rows"] * row["dim"] + weight) * itemsize(row) + (weight * 4 if row["dtype"] != "float32" else 0)
 
 
-def _itemsize(row: Row) -> int:
+def itemsize(row: Row) -> int:
     return 4 if row["dtype"] == "float32" else 2
 
 
@@ -138,7 +132,7 @@ _TARGETS = (
         "entropy_loss",
         "cpu",
         lambda row: _ours("forward+backward", "float32")(row) or _ours("inplace_backward", "float32")(row),
-        _beyond(_gradient_bytes, 2**20),
+        _beyond(gradient_bytes, 2**20),
         4,
         " MiB",
     ),
@@ -195,7 +189,7 @@ _TARGETS = (
         "entropy_loss",
         "cuda",
         lambda row: _ours("forward+backward", "bfloat16")(row) or _ours("inplace_backward", "bfloat16")(row),
-        _beyond(_gradient_bytes, 2**20),
+        _beyond(gradient_bytes, 2**20),
         4,
         " MiB",
     ),
