@@ -4,13 +4,17 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test quick bench lint clean
 
 demo: $(VENV)/ready  ## one-shot entropy minimisation of a real 135M model, four minutes on two cores
 	$(BIN)/em-kernels train --preset demo
 
 test: $(VENV)/ready  ## the whole test suite; GPU tests run where there is a GPU
 	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term-missing:skip-covered
+
+quick: lint  ## while working on the code: lint, types, and the tests that are not slow, about three minutes on two cores
+	# The slowest are listed, so that those that lack the mark are seen.
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" --durations=10 --durations-min=5
 
 bench: $(VENV)/bench-ready  ## ours beside its peers on this machine, under ten minutes; OPTIONS="--size full --out FOLDER"
 	$(BIN)/em-kernels bench $(OPTIONS)

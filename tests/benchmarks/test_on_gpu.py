@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "on_gpu.sh"
 SUITES = ["tune_tiles", "entropy_loss", "linear_entropy", "token_stats", "training_step", "host_overhead"]
+pytestmark = pytest.mark.slow
 ENVIRONMENT = {**os.environ, "EM_SIZE": "tiny", "EM_DEVICE": "cpu", "PYTHON": sys.executable}
 
 

@@ -32,7 +32,13 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{BENCHMARKS.parent}:{BENCHMARKS}"}
     ],
     ids=["unknown size", "unknown suite", "output is a file", "no such device"],
 )
-@pytest.mark.parametrize("command", [[BENCHMARKS], ["-m", "em_kernels.cli", "bench"]], ids=["folder", "em-kernels"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param([BENCHMARKS], id="folder"),
+        pytest.param(["-m", "em_kernels.cli", "bench"], id="em-kernels", marks=pytest.mark.slow),
+    ],
+)
 def test_a_wrong_argument_is_one_line_and_status_2(tmp_path, command, arguments, message):
     (tmp_path / "file").touch()
     command = [sys.executable, *command, *(a.format(tmp=tmp_path) for a in arguments)]
@@ -50,6 +56,7 @@ def test_em_kernels_bench_without_a_checkout_says_so(monkeypatch, tmp_path, caps
     assert "need a checkout" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_several_suites_run_in_processes_of_their_own(tmp_path):
     suites = ["--suite", "host_overhead", "--suite", "token_stats"]
     command = [sys.executable, "-m", "em_kernels.cli", "bench", *suites, "--size", "tiny", "--device", "cpu"]
@@ -127,6 +134,7 @@ def run_made_up(tmp_path, bad="return 0", ours="lambda slot: slot", first="pass"
     return done, rows
 
 
+@pytest.mark.slow
 def test_a_failing_peer_is_a_row_and_a_failing_contender_of_ours_the_exit_status(tmp_path):
     done, rows = run_made_up(tmp_path, "raise ValueError('broken')")
     assert done.returncode == 0, done.stderr
@@ -136,6 +144,7 @@ def test_a_failing_peer_is_a_row_and_a_failing_contender_of_ours_the_exit_status
     assert run_made_up(tmp_path, ours="lambda slot: 1 / 0")[0].returncode == 1
 
 
+@pytest.mark.slow
 def test_after_a_contender_that_leaves_the_gpu_unusable_a_new_process_goes_on_without_it(tmp_path):
     # What `measure` raises in that case, once: the process that goes on has been told.
     unusable = "raise timing.Unusable('bad', RuntimeError('illegal memory access'))"
@@ -149,6 +158,7 @@ def test_after_a_contender_that_leaves_the_gpu_unusable_a_new_process_goes_on_wi
     assert rows[-1]["finished"]
 
 
+@pytest.mark.slow
 def test_a_contender_that_makes_the_gpu_unusable_again_costs_its_configuration_and_no_more(tmp_path):
     done, rows = run_made_up(tmp_path, first="raise timing.Unusable('bad', RuntimeError('illegal memory access'))")
     assert done.returncode == 0, done.stderr
@@ -156,6 +166,7 @@ def test_a_contender_that_makes_the_gpu_unusable_again_costs_its_configuration_a
     assert rows[-1]["finished"]
 
 
+@pytest.mark.slow
 def test_pytest_runs_the_same_cases_and_fails_on_a_slowdown_only_when_asked_to(tmp_path):
     def run(*options):
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", BENCHMARKS, "--size", "tiny"]
