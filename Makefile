@@ -13,7 +13,7 @@ test: $(VENV)/ready  ## the whole test suite; GPU tests run where there is a GPU
 	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term-missing:skip-covered
 
 quick: lint  ## while working on the code: lint, types, and the tests that are not slow, about three minutes on two cores
-	# The slowest are listed, so that those that lack the mark are seen.
+	# The slowest tests are listed, so that those that lack the mark are seen.
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" --durations=10 --durations-min=5
 
 bench: $(VENV)/bench-ready  ## ours beside its peers on this machine, under ten minutes; OPTIONS="--size full --out FOLDER"

@@ -1,4 +1,4 @@
-"""Measures em_kernels beside its peers on this machine, and appends every measurement to FOLDER/SUITE.jsonl.
+"""Measure em_kernels beside its peers on this machine, and append every measurement to FOLDER/SUITE.jsonl.
 
 python benchmarks                                    all suites, small: under ten minutes on two CPU cores
 python benchmarks --suite linear_entropy --size full --out FOLDER
@@ -17,7 +17,7 @@ import torch
 from options import SIZES, SUITES
 from suite import run
 
-# For who works on the kernels: it has to be named.
+# This suite is for people who work on the kernels, and runs only when it is named.
 _TUNING = "tune_tiles"
 
 
@@ -27,7 +27,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main() -> int:
-    """Exit status 1 if something of ours failed, 2 for a wrong argument, 130 for Ctrl-C; a peer's failure is a row."""
+    """Return the exit status: 1 if something of ours failed, 2 for a wrong argument, 130 for Ctrl-C.
+
+    The failure of a peer is kept as a row and does not change the status.
+    """
     parser = _Parser(prog=os.environ.get("EM_BENCH_NAME", "benchmarks"), description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
         "--suite", action="append", choices=(*SUITES, _TUNING), help=f"may be repeated (all but {_TUNING})"
@@ -59,13 +62,15 @@ def main() -> int:
             return 1 if run(importlib.import_module(suites[0]), options.size, device, options.out) else 0
         start, failed = time.monotonic(), []
         for suite in suites:
-            # A process each: what one leaves behind, in memory or in a GPU's state, is not the next one's.
+            # Each suite has a process of its own, so that it inherits neither memory nor the state of a GPU from
+            # another.
             command = [sys.executable, str(Path(__file__).parent), "--suite", suite, "--size", options.size]
             with subprocess.Popen([*command, "--out", str(options.out), "--device", device.type]) as process:
                 if process.wait():
                     failed.append(suite)
     except KeyboardInterrupt:
-        if len(suites) == 1:  # Of several, the one that was running says it; leaving Popen has waited for it.
+        # With several suites, the process of the running one prints the message, and leaving Popen has waited for it.
+        if len(suites) == 1:
             print(f"\n{parser.prog}: interrupted; what was measured is in {options.out}", file=sys.stderr)
         return 130
     minutes, seconds = divmod(round(time.monotonic() - start), 60)

@@ -1,4 +1,4 @@
-"""Operands to measure on, and how far a result and its gradients are from float64 on these very operands."""
+"""This module draws the operands of the benchmarks, and measures how far results are from float64 on these operands."""
 
 import functools
 from typing import NamedTuple
@@ -8,31 +8,33 @@ from torch import Tensor
 
 from em_kernels.ops import reference
 
-# Of everything that is drawn; each row says it.
+# All drawing starts from this seed, and each row of results holds it.
 SEED = 0
-# p_k is proportional to u_(k)^-4, u sorted and uniform: a Zipf-like tail under one or two likely tokens, the mean
-# entropy 0.5 nat at any vocabulary above some thousands, a sixth of the tokens below 0.01 nat.
+# Sorted by size, probability k is proportional to u_(k)^-4 with u uniform: a Zipf-like tail under one or two likely
+# tokens. The mean entropy is 0.5 nat at any vocabulary above some thousands, and a sixth of the tokens is below 0.01
+# nat.
 _PEAKED_SCALE = 4.0
-# Entropy log V - 0.005.
+# The entropy is then log V - 0.005.
 _FLAT_SCALE = 0.1
-# Of operands for the loss on hidden states: how many logits of a token count, the largest, its mean lead over the next,
-# and the mean distance between those that follow.
+# These numbers describe the logits that count in operands for the loss on hidden states: how many each token has, the
+# largest of them, its mean lead over the next, and the mean distance between those that follow.
 _RIVALS = 12
 _HIGHEST_LOGIT = 16.0
 _MEAN_LEAD, _MEAN_GAP = 3.5, 0.45
 _CHUNK_ELEMENTS = 1 << 24
 _SAMPLED_ROWS = 32
-# An entropy may be off by 2e-6 of itself plus 3e-7: divided by H + 0.15 both become 2e-6.
+# The promised error of an entropy is 2e-6 of itself plus 3e-7. Divided by H + 0.15, both terms become 2e-6.
 _OFFSET = 0.15
-# Entries of the logits' gradient that the benchmarks' grad_tolerance leaves out, and the tokens that share them.
+# The grad_tolerance of the benchmarks leaves out entries of the logits' gradient below TOLERANCE. How many rows and
+# columns have larger ones is counted over the first _SHARING_ROWS tokens.
 TOLERANCE = 1e-6
 _SHARING_ROWS = 512
-# Of the policy-gradient loss; trainers take 0.001 to 0.01.
+# This is the weight of the entropy in the policy-gradient loss. Trainers take 0.001 to 0.01.
 ENTROPY_BONUS = 0.01
 
 
 class Operands(NamedTuple):
-    """hidden (tokens, D) and weight (V, D), leaves that ask for a gradient."""
+    """Hidden states of shape (tokens, D) and an output projection of shape (V, D), leaves that ask for a gradient."""
 
     hidden: Tensor
     weight: Tensor
@@ -42,10 +44,13 @@ class Operands(NamedTuple):
 
 
 def draw_logits(kind: str, rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(rows, vocab): "peaked", like those of a trained model, of mean entropy 0.5 nat, or "flat", close to uniform."""
+    """Draw (rows, vocab) logits of a kind.
+
+    The kind "peaked" is like the logits of a trained model, with a mean entropy of 0.5 nat; "flat" is close to uniform.
+    """
     generator = torch.Generator(device).manual_seed(SEED)
     logits = torch.empty(rows, vocab, dtype=dtype, device=device)
-    # Chunks of rows: nothing but the logits themselves may raise a process's peak memory.
+    # The rows are drawn in chunks, because only the logits themselves may raise a process's peak memory.
     for part in logits.split(max(1, _CHUNK_ELEMENTS // vocab)):
         z = torch.empty(part.shape, device=device)
         if kind == "peaked":
@@ -56,18 +61,18 @@ def draw_logits(kind: str, rows: int, vocab: int, dtype: torch.dtype, device: to
 
 
 def draw_operands(rows: int, dim: int, vocab: int, dtype: torch.dtype, device: torch.device) -> Operands:
-    """About as peaked, at temperature 0.5, as a real model's on its own completions.
+    """Draw hidden states and an output projection that are, at temperature 0.5, about as peaked as a real model's.
 
-    Each token has some rivals, of logits exponential below the likeliest one's, from a twelfth of the vocabulary; all
-    other logits are far below. At D 576 and a vocabulary of 49152 the mean entropy is 0.39 nats, and entries of the
-    gradient above 1e-6 lie in 92 % of the rows of 512 tokens and 7 % of the columns: those of SmolLM2-135M-Instruct's
-    completions are 0.34 nats, 98 % and 8 %.
+    Each token has some rivals in a twelfth of the vocabulary, whose logits are exponentially distributed below the
+    likeliest one's. All other logits are far below. At D 576 and a vocabulary of 49152 the mean entropy is 0.39 nats,
+    and entries of the gradient above 1e-6 lie in 92 % of the rows of 512 tokens and in 7 % of the columns. On the
+    model's own completions, SmolLM2-135M-Instruct has 0.34 nats, 98 % and 8 %.
     """
     generator = torch.Generator(device).manual_seed(SEED)
     options = {"generator": generator, "device": device}
     weight = torch.randn(vocab, dim, **options) / dim**0.5
     rivals = min(_RIVALS, dim, vocab)
-    # Each from a part of its own: two that are the same could not have different logits.
+    # Each rival comes from a part of the vocabulary of its own: the same token twice could not have two logits.
     part_size = max(1, vocab // 12 // rivals)
     chosen = torch.randint(part_size, (rows, rivals), **options) + part_size * torch.arange(rivals, device=device)
     gaps = torch.empty(rows, rivals, device=device).exponential_(generator=generator) * _MEAN_GAP
@@ -76,13 +81,13 @@ def draw_operands(rows: int, dim: int, vocab: int, dtype: torch.dtype, device: t
     hidden = torch.empty(rows, dim, device=device)
     for part in torch.arange(rows, device=device).split(1024):
         near = weight[chosen[part]]
-        # The shortest hidden states that have these logits.
+        # These are the shortest hidden states that have the wanted logits.
         hidden[part] = (torch.linalg.solve(near @ near.mT, wanted[part]).unsqueeze(1) @ near).squeeze(1)
     return Operands(hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_())
 
 
 def draw_targets(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """(rows,): a token of each row's own distribution, as those of a completion are; logits are (rows, V)."""
+    """Draw (rows,) targets, each from its row's own distribution, as a completion is drawn; logits are (rows, V)."""
     generator = torch.Generator(logits.device).manual_seed(SEED + 2)
     parts = logits.detach().split(max(1, _CHUNK_ELEMENTS // logits.shape[1]))
     drawn = [torch.multinomial((z.float() / temperature).softmax(-1), 1, generator=generator) for z in parts]
@@ -90,19 +95,19 @@ def draw_targets(logits: Tensor, temperature: float = 1.0) -> Tensor:
 
 
 def draw_linear_targets(operands: Operands, temperature: float = 1.0) -> Tensor:
-    """(tokens,): as `draw_targets`, of hidden states and an output projection."""
+    """Draw targets of shape (tokens,) as `draw_targets` does, given hidden states and an output projection."""
     hidden, weight = (x.detach() for x in operands)
     rows = max(1, _CHUNK_ELEMENTS // len(weight))
     return torch.cat([draw_targets(part @ weight.T, temperature) for part in hidden.split(rows)])
 
 
 def draw_advantages(rows: int, device: torch.device) -> Tensor:
-    """(rows,): of either sign."""
+    """Draw advantages of shape (rows,) of either sign."""
     return torch.randn(rows, generator=torch.Generator(device).manual_seed(SEED + 3), device=device)
 
 
 def policy_loss(logprob: Tensor, entropy: Tensor, advantage: Tensor) -> Tensor:
-    """Of each token, what policy-gradient trainers make of its statistics: -A log p_target - 0.01 H."""
+    """Return each token's -A log p_target - 0.01 H, the loss that policy-gradient trainers make of these statistics."""
     return -advantage * logprob - ENTROPY_BONUS * entropy
 
 
@@ -117,12 +122,16 @@ def _row_loss(loss: str, row: reference.RowStatistics, advantage: Tensor | None)
 
 
 def relative_error(value: Tensor, exact: Tensor) -> float:
-    """The largest |value - exact| / (|exact| + 0.15)."""
+    """Return the largest |value - exact| / (|exact| + 0.15)."""
     return ((value.double() - exact).abs() / (exact.abs() + _OFFSET)).max().item()
 
 
 def demand(name: str, errors: dict[str, float | None], bounds: dict[str, float]) -> dict[str, float | None]:
-    """The errors; those of ours have to be within the bounds: a time is worth nothing where the result is wrong."""
+    """Return the errors.
+
+    Those of ours must be within the bounds, otherwise ArithmeticError is raised: a wrong result makes its time
+    worthless.
+    """
     for key, bound in bounds.items():
         error = errors.get(key)
         if name.startswith("ours") and error is not None and not error <= bound:
@@ -131,9 +140,9 @@ def demand(name: str, errors: dict[str, float | None], bounds: dict[str, float])
 
 
 class Reference:
-    """What float64 makes of (rows, V) logits: every row's statistics, the gradient of some rows.
+    """The statistics of each row of (rows, V) logits, and the gradients of some rows, computed in float64.
 
-    Losses are "entropy", "cross entropy" of the target and, with an advantage, "policy".
+    The losses are called "entropy", "cross entropy" (of the target) and, where there is an advantage, "policy".
     """
 
     def __init__(self, logits: Tensor, target: Tensor, advantage: Tensor | None = None) -> None:
@@ -144,7 +153,7 @@ class Reference:
 
     @functools.cached_property
     def values(self) -> dict[str, Tensor]:
-        """Per row, float64: the entropy, and the cross entropy of the target."""
+        """The entropy of each row, and the cross entropy of its target, in float64."""
         rows = max(1, _CHUNK_ELEMENTS // self.logits.shape[1])
         parts = [
             reference.row_statistics(z, t)
@@ -155,7 +164,7 @@ class Reference:
         }
 
     def gradients(self, loss: str) -> Tensor:
-        """(sample, V), float64: of each sampled row's own loss."""
+        """Return the gradient of each sampled row's own loss, of shape (sample, V), in float64."""
         if loss in self._gradients:
             return self._gradients[loss]
         parts = []
@@ -168,16 +177,20 @@ class Reference:
         return self._gradients[loss]
 
     def loss_error(self, loss: str, value: Tensor, weights: Tensor | None) -> float:
-        """The largest |value - exact| / (exact + 0.15); exact is the weighted sum of the rows' losses, or these."""
+        """Return the largest |value - exact| / (exact + 0.15).
+
+        With weights, exact is the weighted sum of the rows' losses, otherwise each row's loss.
+        """
         exact = self.values[loss]
         return relative_error(value, exact if weights is None else (weights.double() * exact).sum())
 
     def gradient_error(self, loss: str, gradient: Tensor, weights: Tensor) -> float:
-        """The largest error of an entry over the largest exact entry of its row, in the sampled rows.
+        """Return the largest error of an entry over the largest exact entry of its row, in the sampled rows.
 
-        Where a row's exact gradient is 0 or below the dtype's normal numbers, over the smallest normal number. That of
-        "policy" is over the upstream gradient of the row's log-probability: at the target the gradient is 1 - p times
-        that, and float32 knows 1 - p to 6e-8, however small it is.
+        A row whose exact gradient is 0 or below the dtype's normal numbers is divided by the smallest normal number.
+        The gradient of "policy" is divided by the upstream gradient of the row's log-probability where that is larger:
+        at the target the gradient is 1 - p times the upstream gradient, and float32 resolves 1 - p to 6e-8, however
+        small 1 - p is.
         """
         exact = self.gradients(loss) * weights[self.sample].double().unsqueeze(-1)
         error = (gradient[self.sample].double() - exact).abs().amax(dim=-1)
@@ -188,7 +201,7 @@ class Reference:
 
 
 class Exact(NamedTuple):
-    """In float64: each token's entropy and log-probability, and the gradients of a mean loss."""
+    """Each token's entropy and log-probability, and the gradients of a mean loss, in float64."""
 
     entropy: Tensor
     logprob: Tensor
@@ -198,7 +211,7 @@ class Exact(NamedTuple):
 
 
 class LinearReference:
-    """What float64 makes of hidden states and an output projection, some tokens at a time."""
+    """The loss on hidden states and an output projection, and its gradients, in float64, some tokens at a time."""
 
     def __init__(
         self, operands: Operands, target: Tensor, temperature: float = 1.0, advantage: Tensor | None = None
@@ -208,13 +221,16 @@ class LinearReference:
         self._exact: dict[str, Exact] = {}
 
     def exact(self, loss: str) -> Exact:
-        """Of the mean of a loss, which `_row_loss` names; the first "entropy" finds how sparse the gradient is too."""
+        """Return the statistics and gradients of the mean of a loss that `_row_loss` names.
+
+        The first call for "entropy" also finds how sparse the gradient of the logits is.
+        """
         if loss not in self._exact:
             self._exact[loss] = self._compute(loss)
         return self._exact[loss]
 
     def loss(self, loss: str) -> Tensor:
-        """Its mean, a scalar in float64."""
+        """Return the mean of a loss, a scalar in float64."""
         return torch.tensor(self.exact(loss).loss, dtype=torch.float64)
 
     def _compute(self, loss: str) -> Exact:
@@ -245,7 +261,7 @@ class LinearReference:
         return Exact(entropy, logprob, total, hidden_gradient, weight_gradient)
 
     def gradient_errors(self, loss: str, gradients: tuple[Tensor, ...]) -> dict[str, float]:
-        """Of the gradient of hidden and, where there is one, of weight: the norm of the error over the norm."""
+        """Return the norm of the error over the norm, for hidden's gradient and, where there is one, for weight's."""
         exact, found = self.exact(loss), {}
         for name, gradient in zip(("hidden", "weight"), gradients, strict=False):
             wanted = getattr(exact, name)

@@ -1,4 +1,4 @@
-"""Which cases `pytest benchmarks/` runs: the ones of `make bench`, one test a contender."""
+"""`pytest benchmarks/` runs the cases of `make bench`, one test for each contender."""
 
 import importlib
 import sys
@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from options import SIZES, SUITES
 
-# The fields of the suites' configurations that tell them apart.
+# These fields tell the configurations of a suite apart.
 _SHAPE = ("dtype", "takes", "model", "logits", "rows", "dim", "vocab", "batch", "new_tokens")
 
 

@@ -1,9 +1,10 @@
-"""Time, memory and error of the entropy loss on logits, beside a copy of the logits and what people use for it.
+"""This suite measures the entropy loss on logits beside a copy of the logits and the losses that people use.
 
-Each measurement is a row: `seconds` (median, with `p20` and `p80`), `bytes` by the formulas below, `over_floor` =
-seconds over those of a copy of the logits in the same run, `over_bytes` = seconds over the time a copy takes for that
-many bytes, `extra_bytes` of memory beyond the logits (the gradient included), and the errors against float64 as defined
-in accuracy.py. `computes` says of which loss: see peers.py for what is compared with what.
+Each measurement is a row. `seconds` is the median time, with the percentiles `p20` and `p80`. `bytes` is the least
+traffic by the formulas below. `over_floor` is the time over that of a copy of the logits in the same run, and
+`over_bytes` the time over that in which a copy moves that many bytes. `extra_bytes` is the memory beyond the logits,
+with the gradient. The errors are against float64, as accuracy.py defines them. `computes` names the loss: peers.py says
+what is compared with what.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,18 +27,19 @@ from em_kernels.ops import blocked, native_cpu
 
 _VOCABS = (32000, 49152, 128256, 151936, 262144)
 _PAPER_VOCAB = 152064  # Qwen2.5-Math-7B
-# Several times the 50 to 60 MB of second-level cache of an H100 or H200; on the CPU, of any.
+# The logits are several times as large as the second-level cache: 50 to 60 MB on an H100 or H200, less on a CPU.
 _LOGITS_BYTES = {"cuda": 512 << 20, "cpu": 96 << 20}
-# float16 gradients of a mean underflow without a loss scale; every contender gets this one as its upstream gradient.
+# float16 gradients of a mean underflow without a loss scale. This one is the upstream gradient of every contender.
 _FLOAT16_SCALE = 2.0**14
 
 
-# The forward alone is seldom what memory runs out in, and a mask changes nothing.
+# Memory seldom runs out in the forward alone, and a mask does not change it.
 _MEASURED_IN_MEMORY = ("copy", "forward+backward", "inplace_backward")
 
 
-# On ours. Twice what is promised of a float32 gradient and of a loss: the means and the factors here round once more.
-# 16 bits: one unit in the last place of the row's largest entry.
+# These are the bounds on our own errors. In float32 a bound is twice what is promised of a gradient and of a loss,
+# because the means and factors here round once more. In 16 bits it is one unit in the last place of the row's largest
+# entry.
 _BOUNDS = {
     torch.float32: {"loss_error": 4e-6, "gradient_error": 4e-6},
     torch.bfloat16: {"loss_error": 4e-6, "gradient_error": 2**-7},
@@ -52,7 +54,7 @@ class Configuration:
     rows: int
     vocab: int
     logits: str = "peaked"
-    # What the shape is one of: "vocabularies", "tokens", "dtypes" or "distributions".
+    # The part is the question that the shape helps to answer: "vocabularies", "tokens", "dtypes" or "distributions".
     part: str = "vocabularies"
     compiled: bool = True
     memory: bool = False
@@ -64,12 +66,14 @@ class Configuration:
 
 
 class Contender(NamedTuple):
-    """`call(logits)` returns the loss, or None, and the gradient, or None.
+    """A loss whose `call(logits)` returns a pair: the loss or None, and the gradient or None.
 
-    traffic: the least bytes to memory, in units of the logits' bytes; None where it is not known.
-    loss: "entropy", "cross entropy", or None for a copy.
-    loss_weights: (rows,), the loss is their sum with the rows' losses; None: the loss is not reduced.
-    gradient_weights: (rows,), the gradient is the rows' own gradients times these.
+    Attributes:
+        traffic: the least bytes to and from memory, in units of the logits' bytes; None where the number is unknown.
+        loss: "entropy", "cross entropy", or None for a copy.
+        loss_weights: (rows,): the loss is the sum of the rows' losses with these weights; None where it is not reduced.
+        gradient_weights: (rows,): the gradient is each row's own gradient times its factor.
+        overwrites: whether the gradient is written into the logits.
     """
 
     call: Callable[[Tensor], tuple[Tensor | None, Tensor | None]]
@@ -81,7 +85,7 @@ class Contender(NamedTuple):
 
 
 def configurations(size: str, device: str) -> Iterator[Configuration]:
-    """The first two are those that say most."""
+    """Yield the shapes to measure. The first two say most, and docs/benchmarks.md shows them in full."""
     main, full = "float32" if device == "cpu" else "bfloat16", size == "full"
     budget = 2.0 if device == "cuda" else 15.0 if full else 6.0
 
@@ -101,7 +105,7 @@ def configurations(size: str, device: str) -> Iterator[Configuration]:
     yield of(main, 151936, memory=True)
     if not full and device == "cpu":
         return
-    # Each shape is compiled anew, which on a GPU is most of the time.
+    # torch.compile compiles each shape anew, which on a GPU takes most of the time.
     for vocab in (32000, 128256, 262144):
         yield of(main, vocab, compiled=full)
     yield of(main, 151936, logits="flat", part="distributions", compiled=full)
@@ -111,42 +115,42 @@ def configurations(size: str, device: str) -> Iterator[Configuration]:
     for tokens in (64, 1024, 4096, 16384) if device == "cuda" else (64, 2048):
         yield of(main, 151936 if device == "cuda" else 49152, tokens, part="tokens", compiled=False, memory=True)
     if device == "cuda":
-        # What a decoding step has: too few rows to give every multiprocessor one.
+        # A decoding step has too few rows to give every multiprocessor one.
         for tokens in (1, 2, 4, 8, 16, 32) if full else (1, 8):
             yield of(main, 262144, tokens, part="tokens", compiled=False)
 
 
 def eager(logits: Tensor) -> Tensor:
-    """The loss as it is published, in the dtype of the logits."""
+    """Return the loss as it is published, in the dtype of the logits."""
     probabilities = softmax(logits, dim=-1)
     return -(probabilities * torch.log(probabilities + 1e-12)).sum(dim=-1).mean()
 
 
 def clean(logits: Tensor) -> Tensor:
-    """The loss as one would write it for a compiler that fuses: float32 inside, one softmax."""
+    """Return the loss as one would write it for a compiler that fuses: float32 inside, and a single softmax."""
     log_probabilities = log_softmax(logits.float(), dim=-1)
     return -(log_probabilities.exp() * log_probabilities).sum(dim=-1).mean()
 
 
 def contenders(c: Configuration, target: Tensor, only: str | None = None) -> dict[str, Contender]:
-    """By "name | variant"; `only` this one, as far as others cost anything.
+    """Return the contenders by "name | variant". With `only`, peers other than that one are not imported.
 
     With S the bytes of the logits, N V b, the least traffic is:
 
-    copy              S + S                      read the logits, write them
+    copy              S + S                      the logits are read and written
     ours
-      forward         S                          read
-      mean            S + S                      read, write the gradient; the second reading finds the row in cache
-      upstream        2 S + 2 S                  and the gradient is read, scaled, and written again
-      none            S + (S + S)                read; read again and write the gradient
-      float16         S + (S + S)                all three as "none": the gradient is made once the loss scale is known
-      mask, share m   (1 - m) S + S              a masked row is not read, its gradient is written all the same
+      forward         S                          the logits are read
+      mean            S + S                      the gradient is written too; the second reading finds the row in cache
+      upstream        2 S + 2 S                  the gradient is also read, scaled, and written again
+      none            S + (S + S)                the logits are read again in the backward, which writes the gradient
+      float16         S + (S + S)                mean and upstream are like "none": the loss scale is known only then
+      mask, share m   (1 - m) S + S              a masked row is not read, and its gradient is written all the same
     eager
       forward         (2 + 2 + 2 + 3 + 1) S      softmax, adding 1e-12, log, product, sum
-      backward        (4 + 3 + 3 + 3) S          of the product, of the log, adding up, of softmax (two reads)
+      backward        (4 + 3 + 3 + 3) S          gradients of product, log, their sum, softmax (two reads)
     cross_entropy
-      forward         2 S                        log_softmax; one element a row of it is read
-      backward        (1 + 3) S                  zeros but for the targets; of log_softmax (two reads)
+      forward         2 S                        log_softmax; its result is read at one element a row
+      backward        (1 + 3) S                  zeros but for the targets; gradient of log_softmax (two reads)
     """
     device, dtype = torch.device(c.device), c.torch_dtype
     scale = _FLOAT16_SCALE if dtype == torch.float16 else 1.0
@@ -159,27 +163,31 @@ def contenders(c: Configuration, target: Tensor, only: str | None = None) -> dic
 
     def forward(loss: Callable[[Tensor], Tensor]) -> Callable[[Tensor], tuple[Tensor, None]]:
         def call(logits: Tensor) -> tuple[Tensor, None]:
-            # Detached: there are losses that make their gradient whenever the logits ask for one, in no_grad too.
+            # The logits are detached, because some losses make their gradient whenever the logits ask for one, even in
+            # no_grad.
             with torch.no_grad():
                 return loss(logits.detach()), None
 
         return call
 
     def both(loss: Callable[[Tensor], Tensor], factor: float | Tensor = scale):
-        # On the device beforehand, in either dtype that a loss may have; None, a backward() without argument, is 1.
+        # The factors are on the device beforehand, in both dtypes that a loss may have. None means 1, as in a
+        # backward() without argument.
         factors = {x: torch.as_tensor(factor, dtype=x, device=device) for x in (torch.float32, dtype)}
 
         def call(logits: Tensor) -> tuple[Tensor, Tensor]:
             value = loss(logits)
             grad = None if isinstance(factor, float) and factor == 1 else factors[value.dtype]
-            # Not .backward(): accumulating in a leaf copies the gradient, which logits in a model, no leaf, do not pay.
+            # .backward() would copy the gradient into a leaf. In a model the logits are no leaf and do not pay for
+            # that.
             (gradient,) = torch.autograd.grad(value, logits, grad)
             return value.detach(), gradient
 
         return call
 
     def copy(logits: Tensor) -> tuple[None, Tensor]:
-        # On the CPU into memory that is there: there, getting it from the system costs as much as the copy.
+        # On the CPU the copy goes into memory that exists, because getting memory from the system takes as long as the
+        # copy.
         return None, logits.detach().clone() if copied is None else copied.copy_(logits.detach())
 
     copied = None if device.type == "cuda" else torch.empty(c.rows, c.vocab, dtype=dtype, device=device)
@@ -269,7 +277,7 @@ def prepare(c: Configuration) -> Prepared:
     exact = Reference(logits, target)
     mean_entropy = exact.values["entropy"].mean().item()
     logits_bytes = logits.numel() * logits.element_size()
-    # The same values in each: one reference serves for all.
+    # The slots hold the same values, so that one reference serves for all.
     slots = [logits.clone().requires_grad_() for _ in range(slots_beyond_cache(logits_bytes, device))]
     torch.compiler.reset()
     every = contenders(c, target)

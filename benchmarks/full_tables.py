@@ -1,4 +1,4 @@
-"""The tables of docs/benchmarks.md: what the latest run of each suite measured on one machine."""
+"""This module writes the tables of docs/benchmarks.md: what the latest run of each suite measured on one machine."""
 
 import math
 from collections.abc import Callable
@@ -9,14 +9,17 @@ from markup import folded, number, plain, table
 from stored_rows import Row, by_shape
 from targets import Outcome, outcomes
 
-# The fields of a configuration, and the rows that were measured at it.
+# The columns hold the rows that were measured at each configuration, by the fields that its title shows.
 Columns = dict[tuple[str, ...], list[Row]]
-# The heading of a column, and its cell in a contender's line.
+# A column has a heading and a function that returns the cell of a contender's row.
 Column = tuple[str, Callable[[Row], str]]
 
 
 def full_tables(runs: dict[str, list[Row]], device: str, picture: str) -> str:
-    """The picture, a table for each suite, the targets reached, and what was not measured, under the machine's name."""
+    """Return all that is reported of one machine, under its name.
+
+    That is the picture, a table for each suite, the targets, what was not run, and what the marks mean.
+    """
     shown = "Share of a copy's speed by vocabulary, memory by tokens, time by mask share, time by grad_tolerance"
     machine = next(rows[0]["machine"] for rows in runs.values() if rows)
     every = [row for rows in runs.values() for row in rows]
@@ -65,7 +68,7 @@ def _hidden(rows: list[Row]) -> str:
     rows = [row for row in rows if "contender" in row and "not_run" not in row]
     timed = [row for row in rows if "seconds" in row or "error" in row]
     columns = _columns(timed, ("model", "dtype", "rows"), 3)
-    # Of the model whose memory was measured at the most numbers of tokens, at the largest.
+    # The column shows the model whose memory was measured at the most numbers of tokens, at the largest of these.
     measured: dict[str, dict[int, dict[str, int]]] = {}
     for row in rows:
         if "extra_bytes" in row:
@@ -206,7 +209,7 @@ _TABLES: dict[str, Callable[[list[Row]], str]] = {
 
 
 def _columns(rows: list[Row], keys: tuple[str, ...], count: int) -> Columns:
-    """The rows of the first `count` configurations: a suite's first are those that say most."""
+    """Return the rows of the first `count` configurations; a suite's first configurations say most."""
     found: Columns = {}
     for row in rows:
         if all(key in row for key in keys) and "contender" in row:
@@ -215,7 +218,10 @@ def _columns(rows: list[Row], keys: tuple[str, ...], count: int) -> Columns:
 
 
 def _contenders(text: str, columns: Columns, titles: list[str], name: Callable[[Row], str], extra: list[Column]) -> str:
-    """A line for each contender, two cells for each of `columns`, and the `extra` columns of its last of these."""
+    """Return a table with a line for each contender.
+
+    Each of `columns` has two cells, and the `extra` cells are those of the last of `columns` that has the contender.
+    """
     contenders: dict[str, dict[int, Row]] = {}
     for i, rows in enumerate(columns.values()):
         for row in rows:
@@ -232,7 +238,7 @@ def _contenders(text: str, columns: Columns, titles: list[str], name: Callable[[
 
 
 def _time(row: Row | None) -> list[str]:
-    """Milliseconds with their spread, and the time over the floor's; or what went wrong."""
+    """Return a cell of milliseconds with their spread, or of the error, and a cell of the time over the floor's."""
     if row is None:
         return ["", ""]
     if "error" in row:
@@ -242,7 +248,7 @@ def _time(row: Row | None) -> list[str]:
 
 
 def _every_shape(title: str, rows: list[Row], shape_name: Callable[[Row], str], floor: str) -> str:
-    """Tables of times over the floor's and of memory, each only where more than one shape was measured."""
+    """Return tables of times over the floor's and of memory, each where more than one shape was measured."""
     shapes = [
         (shape_name(next(iter(shape.values()))), {_name(row): row for row in shape.values()})
         for shape in by_shape(rows)

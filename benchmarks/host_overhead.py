@@ -1,8 +1,8 @@
-"""The host's time for a call where the arithmetic does not count, beside cross_entropy's, and that of the first call.
+"""This suite measures the host's time for a call on a tiny input, beside cross_entropy's, and that of the first call.
 
-On a GPU at 64 tokens of a vocabulary of 32000: seconds until the call returns, its kernels enqueued and the device not
-waited for. On the CPU at one token of a vocabulary of 8. The first call, which loads and compiles, is timed in a fresh
-process with an empty Triton cache.
+On a GPU the input is 64 tokens of a vocabulary of 32000, and the time ends when the call returns: its kernels are
+enqueued, and nothing waits for the device. On the CPU the input is one token of a vocabulary of 8. The first call,
+which loads and compiles, is timed in a fresh process with an empty Triton cache.
 """
 
 import multiprocessing
@@ -40,7 +40,7 @@ def configurations(size: str, device: str) -> Iterator[Configuration]:
 
 
 def calls(c: Configuration) -> dict[tuple[str, str], Callable[[], Any]]:
-    """By contender and variant."""
+    """Return the calls by contender and variant."""
     device, dtype = torch.device(c.device), getattr(torch, c.dtype)
     logits = draw_logits("peaked", c.rows, c.vocab, dtype, device).requires_grad_()
     hidden, weight = draw_operands(c.rows, 64, c.vocab, dtype, device)
@@ -77,7 +77,7 @@ def names(c: Configuration) -> list[str]:
 
 def prepare(c: Configuration) -> Prepared:
     found = {f"{name} | {variant}": Call(lambda slot, call=call: call()) for (name, variant), call in calls(c).items()}
-    # What these compute is checked where it takes longer.
+    # The other suites check the same results on larger inputs.
     return Prepared(found, 1, lambda name, result: {}, {}, "cross_entropy | forward")
 
 
@@ -106,7 +106,7 @@ def rows(c: Configuration) -> Iterator[dict[str, Any]]:
 
 
 def first_call(c: Configuration, name: tuple[str, str]) -> float:
-    """Seconds of the first call of a process, until its result is there."""
+    """Return the seconds that the first call of a process takes, until its result exists."""
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         call = calls(c)[name]

@@ -1,14 +1,15 @@
-"""Time, memory and error of the entropy loss on hidden states, beside three matmuls and what people use for it.
+"""This suite measures the entropy loss on hidden states beside three matmuls and the losses that people use.
 
-Each measurement is a row, forward + backward of the mean at temperature 0.5: `seconds` (median, with `p20` and `p80`),
-`over_floor` = seconds over those of the three plain matmuls of 2 N V D floating-point operations that any dense path
-needs (`flops`), `extra_bytes` of memory beyond the operands (their gradients included), and errors against float64 on
-the very operands: of the loss over its size plus 0.15, of the gradients as the norm of the error over the norm.
-`rows_kept` and `columns_kept` are the shares of the first 512 tokens, and of the vocabulary in these, with an entry of
-the logits' gradient above 1e-6. `computes` says of which loss: see peers.py for what is compared with what.
+Each measurement is a row: forward + backward of the mean at temperature 0.5. `seconds` is the median time, with the
+percentiles `p20` and `p80`. `over_floor` is the time over that of the three plain matmuls that any dense path needs, of
+2 N V D floating-point operations each; `flops` counts all three. `extra_bytes` is the memory beyond the operands, with
+their gradients. The errors are against float64 on the very operands: the loss's error over its size plus 0.15, and the
+norm of a gradient's error over the gradient's norm. `rows_kept` is the share of the first 512 tokens that have an entry
+of the logits' gradient above 1e-6, and `columns_kept` the share of the vocabulary that has one in these tokens.
+`computes` names the loss: peers.py says what is compared with what.
 
-On the CPU the operands of SmolLM2-135M are the real ones: its output projection and the hidden states of its own
-completions. The others are drawn so that the distributions are about as peaked.
+On the CPU the operands of SmolLM2-135M are real: its output projection and the hidden states of its own completions.
+All others are drawn, with distributions that are about as peaked.
 """
 
 import contextlib
@@ -41,10 +42,10 @@ from em_kernels import entropy_loss, linear_entropy_loss
 from em_kernels.one_shot.config import DEFAULT_PROMPT, UsageError
 
 TEMPERATURE = 0.5
-# What is drawn around TOLERANCE, for how time depends on it.
+# The tolerances on both sides of TOLERANCE show how time depends on it.
 _TOLERANCES = (1e-7, TOLERANCE, 1e-5)
 _GIVES = ("statistics", "cross entropy")
-# (D, V) of models that people train.
+# The models are some that people train, each with its hidden size D and its vocabulary V.
 MODELS = {
     "Qwen2.5-0.5B": (896, 151936),
     "Qwen2.5-1.5B": (1536, 151936),
@@ -57,8 +58,8 @@ MODELS = {
 
 
 _ERRORS = ("loss_error", "logprob_error", "entropy_error", "hidden_gradient_error", "weight_gradient_error")
-# On ours: what rounding the logits, and what grad_tolerance leaves out, amounts to; wrong weights, a wrong divisor or a
-# wrong sign would be of order 1.
+# These are the bounds on our own errors, above what rounded logits and grad_tolerance add. Wrong weights, a wrong
+# divisor or a wrong sign would give an error of order 1.
 LINEAR_BOUNDS = {
     dtype: dict.fromkeys(_ERRORS, bound) for dtype, bound in (("float32", 1e-3), ("bfloat16", 0.1), ("float16", 0.1))
 }
@@ -78,9 +79,9 @@ class Configuration:
     budget: float = 6.0
 
 
-# Who answers statistics of each token, for any upstream gradient: more than a mean.
+# These contenders give statistics of each token, for any upstream gradient, which is more than a mean.
 _PER_TOKEN = {"ours, reduction none"} | {peer.name for peer in all_peers("hidden", "statistics")}
-# Returns the loss and the gradients of hidden and of weight, None where it makes none.
+# A contender returns the loss and the gradients of hidden and of weight, None where it makes none.
 Contender = Callable[[Operands], tuple[Tensor | None, ...]]
 
 
@@ -94,7 +95,7 @@ def configurations(size: str, device: str) -> Iterator[Configuration]:
     if size == "tiny":
         yield Configuration(device, "float32", "drawn", 24, 16, 1000, memory=True, budget=0.1)
     elif size == "paper":
-        # Qwen2.5-Math-7B is a Qwen2.5-7B; a micro-batch of the paper is four completions.
+        # Qwen2.5-Math-7B has the shape of Qwen2.5-7B, and a micro-batch of the paper is four completions.
         yield of("Qwen2.5-7B", 128 if device == "cpu" else 8192, compiled=device == "cuda")
     elif device == "cpu":
         yield of("SmolLM2-135M", 512 if size == "small" else 2048, budget=6 if size == "small" else 60)
@@ -110,7 +111,7 @@ def configurations(size: str, device: str) -> Iterator[Configuration]:
 
 
 def completions_of_the_model(tokens: int) -> Operands:
-    """Hidden states before the tokens of the built-in model's own completions, and its output projection."""
+    """Return the hidden states before the tokens of the built-in model's own completions, and its output projection."""
     from em_kernels.one_shot.head import find_head
     from em_kernels.one_shot.model import load_model
     from em_kernels.one_shot.objective import completion_hidden
@@ -136,17 +137,17 @@ def completions_of_the_model(tokens: int) -> Operands:
         hidden = torch.cat([completion_hidden(model, part, head)[part.completion_mask] for part in parts])
     if len(hidden) < tokens:
         raise RuntimeError(f"the completions have {len(hidden)} tokens, {tokens} are wanted")
-    # From all completions, long and short.
+    # The tokens are taken from all completions, long and short.
     chosen = torch.linspace(0, len(hidden) - 1, tokens).long()
     return Operands(hidden[chosen].clone().requires_grad_(), head.module.weight.detach().clone().requires_grad_())
 
 
 def contenders(c: Configuration, target: Tensor, only: str | None = None) -> dict[str, tuple[Contender, str | None]]:
-    """By name, with the loss they compute; `only` this one, as far as others cost anything.
+    """Return the contenders by name, with the loss that each computes. With `only`, no peer but that one is imported.
 
-    A matmul is 2 N V D floating-point operations. Three are made by ours, as long as the weights of the tokens are
-    known beforehand, and by every path that keeps all logits; four by those that give statistics of each token, which
-    may have any upstream gradient, and so make the logits a second time for it: verl, TRL, Liger, and ours with "none".
+    A matmul is 2 N V D floating-point operations. Ours makes three as long as the weights of the tokens are known
+    beforehand, and so does every path that keeps all logits. Statistics of each token may get any upstream gradient, so
+    that verl, TRL, Liger, and ours with "none" make the logits a second time, and four matmuls in all.
     """
 
     def both(loss: Callable[[Tensor, Tensor], Tensor], needs_weight: bool = True) -> Contender:
@@ -183,7 +184,10 @@ def contenders(c: Configuration, target: Tensor, only: str | None = None) -> dic
 
 
 def three_matmuls() -> Contender:
-    """The plain matmuls, the last two on numbers as peaked as a gradient: on a GPU, dense ones take longer."""
+    """Return the contender that makes the plain matmuls.
+
+    The last two are given numbers as peaked as a gradient: on a GPU, matmuls of dense numbers take longer.
+    """
     held: list[Tensor] = []
 
     def call(operands: Operands) -> tuple[None, ...]:
@@ -192,7 +196,8 @@ def three_matmuls() -> Contender:
             logits = hidden @ weight.T
             held.extend((logits, (logits / TEMPERATURE).softmax(-1) / len(logits)))
         scratch, gradient = held
-        # Into memory that is there, on the CPU: getting it from the system costs a fifth of a matmul.
+        # On the CPU the result goes into memory that exists, because getting memory from the system takes a fifth of a
+        # matmul.
         torch.mm(hidden, weight.T, out=scratch)
         return None, gradient @ weight, gradient.T @ hidden
 
@@ -217,7 +222,7 @@ def names(c: Configuration) -> list[str]:
 
 
 def _no_targets(c: Configuration) -> Tensor:
-    """For who does not look at what comes of them."""
+    """Return targets for callers that do not use the result."""
     return torch.zeros(c.rows, dtype=torch.int64, device=c.device)
 
 
@@ -225,7 +230,8 @@ def prepare(c: Configuration) -> Prepared:
     device = torch.device(c.device)
     operands = None
     if c.model == "SmolLM2-135M" and c.device == "cpu":
-        with contextlib.suppress(UsageError):  # Its package is not installed.
+        # The model's package may be absent.
+        with contextlib.suppress(UsageError):
             operands = completions_of_the_model(c.rows)
     drawn = operands is None
     operands = operands or draw(c)
@@ -269,7 +275,7 @@ def rows(c: Configuration) -> Iterator[dict[str, Any]]:
     else:
         operands = draw(c) if c.device == "cuda" else None
         for name, (call, computes) in contenders(c, _no_targets(c)).items():
-            # What has a row of its own in the plots; the losses on more tokens take long.
+            # Only contenders that the plots show are measured here, because the losses on more tokens take long.
             if name != "three matmuls" and computes == "entropy" and not name.startswith("ours,"):
                 shape = {"dtype": c.dtype, "model": c.model, "rows": c.rows, "dim": c.dim, "vocab": c.vocab}
                 row = {"benchmark": "linear_entropy", "device": c.device, **shape, "contender": name, "variant": ""}
@@ -277,10 +283,11 @@ def rows(c: Configuration) -> Iterator[dict[str, Any]]:
 
 
 def _memory(c: Configuration, name: str, call: Callable[[], Any]) -> dict[str, Any]:
-    """Of `call` on a GPU; on the CPU, of the same in a process of its own."""
+    """Measure the memory of `call` on a GPU, or of the same contender in a process of its own on the CPU."""
     try:
         if c.device == "cuda":
-            call()  # Compiling and tuning take memory of their own.
+            # Compiling and tuning take memory of their own.
+            call()
             return {"extra_bytes": extra_bytes_on_gpu(call)}
         return {"extra_bytes": extra_bytes_in_fresh_process(_in_fresh_process, c, name)}
     except Exception as error:

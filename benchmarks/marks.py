@@ -1,10 +1,10 @@
-"""The marks behind a name or a number in the tables, and what they mean."""
+"""The tables put marks behind names and numbers; this module says which, and what they mean."""
 
 from collections.abc import Iterable
 
 from stored_rows import Row
 
-# Markdown needs the backslash.
+# An asterisk needs the backslash in Markdown.
 _MEANINGS = {
     "\\*": "computes less, the cross entropy: one logit of a row and a normaliser, no sum over the distribution",
     "†": "gives statistics of each token, for any upstream gradient, and so makes four matmuls",
@@ -13,13 +13,13 @@ _MEANINGS = {
 
 
 def marks(rows: Iterable[Row]) -> str:
-    """The marks that apply to at least one of the rows, one after the other."""
+    """Return the marks that apply to at least one of the rows, one after the other."""
     found = {mark for row in rows for mark in _marks(row)}
     return "".join(mark for mark in _MEANINGS if mark in found)
 
 
 def legend(text: str) -> str:
-    """The sentence that explains the marks in `text`, empty if there are none."""
+    """Return the sentence that explains the marks in `text`, or "" where there are none."""
     used = [f"{mark} {meaning}" for mark, meaning in _MEANINGS.items() if mark in text]
     return "; ".join(used) + "." if used else ""
 

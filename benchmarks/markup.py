@@ -1,23 +1,23 @@
-"""Markdown of which the reports are made."""
+"""This module writes the Markdown and the numbers of the reports."""
 
 from collections.abc import Iterable
 
 
 def table(head: list[str], lines: Iterable[Iterable[str]]) -> str:
-    """A table with a heading and one line for each of `lines`."""
+    """Return a table with a heading and a line for each of `lines`."""
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *lines))
 
 
 def folded(title: str, text: str) -> str:
-    """`text` under a title that unfolds it; nothing where there is no text."""
+    """Return `text` under a title that unfolds it, or "" where there is no text."""
     return f"<details><summary>{title}</summary>\n\n{text}\n\n</details>" if text else ""
 
 
 def plain(text: str) -> str:
-    """`text` as a cell of a table."""
+    """Return `text` without the characters that would end a table's cell."""
     return text.replace("|", " ")
 
 
 def number(value: float) -> str:
-    """Three significant digits, all of them where there are more before the point."""
+    """Return three significant digits, or all digits before the point where there are more."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -1,4 +1,4 @@
-"""How much memory a call takes beyond what is there before it."""
+"""This module measures how much memory a call takes beyond what the process or the GPU held before."""
 
 import contextlib
 import ctypes
@@ -14,7 +14,7 @@ import torch
 
 
 def extra_bytes_on_gpu(call: Callable[[], Any]) -> int:
-    """By how much the allocator's memory in use rises during a call."""
+    """Return by how many bytes the allocator's memory in use rises during a call."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -23,8 +23,11 @@ def extra_bytes_on_gpu(call: Callable[[], Any]) -> int:
 
 
 def extra_bytes_in_fresh_process(prepare: Callable[..., Callable[[], Any]], *arguments: Any) -> int:
-    """By how much the resident set of a process rises during the second call of what `prepare(*arguments)` returns."""
-    # Forked, one for each call, from a process that has imported the package and done nothing else.
+    """Return by how many bytes a process grows during the second call of what `prepare(*arguments)` returns.
+
+    The process is a new one, and its size is its resident set.
+    """
+    # Each call gets a process that is forked from one that has imported the package and done nothing else.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["em_kernels"])
     with ProcessPoolExecutor(1, mp_context=context) as process:
@@ -38,7 +41,7 @@ def _extra_bytes_here(prepare: Callable[..., Callable[[], Any]], arguments: tupl
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
-    # 5 sets the high-water mark to the present size, see proc(5).
+    # Writing 5 sets the high-water mark to the present size, see proc(5).
     Path("/proc/self/clear_refs").write_text("5")
     before = _resident_bytes("VmRSS")
     call()

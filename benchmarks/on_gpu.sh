@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# Tests and measurements on one H100 or H200 in at most nine minutes, all results in FOLDER, each as soon as it is had.
+# This script runs tests and measurements on one H100 or H200 in at most nine minutes. Each result goes into FOLDER as
+# soon as it exists.
 #
 #     benchmarks/on_gpu.sh FOLDER
 #     EM_SIZE=tiny EM_DEVICE=cpu benchmarks/on_gpu.sh FOLDER      every line of it, on the CPU
 #
-# EM_WHEELS is a folder with wheels of the peers and of what they need (wheels/ in the checkout): what is there is
-# measured, the rest is listed as not run. EM_STEPS names the steps to run ("entropy_loss linear_entropy"; all). EM_SIZE
-# is the size of the suites (small), PYTHON the interpreter. Where the checkout comes without its history, EM_COMMIT is
-# what `git describe --always --abbrev=40 --dirty --exclude '*'` says.
-# A step that fails or runs out of time is recorded in FOLDER/steps.tsv and the next one runs; the exit status is then 1.
+# EM_WHEELS is a folder with wheels of the peers and of what they need (wheels/ in the checkout). Peers that are there
+# are measured, the others are listed as not run. EM_STEPS names the steps to run ("entropy_loss linear_entropy"), all of
+# them by default. EM_SIZE is the size of the suites (small), PYTHON the interpreter. Where the checkout comes without
+# its history, EM_COMMIT is what `git describe --always --abbrev=40 --dirty --exclude '*'` says.
+# A step that fails or runs out of time is recorded in FOLDER/steps.tsv, the next one runs, and the exit status is 1.
 set -u
 if [ $# -ne 1 ]; then
     echo "on_gpu.sh: one argument expected, the folder for the results, given $#" >&2
@@ -20,9 +21,9 @@ cd "$(dirname "$0")/.." || exit 2
 python=${PYTHON:-python3} size=${EM_SIZE:-small} device=${EM_DEVICE:-cuda} wheels=${EM_WHEELS:-wheels}
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
 SECONDS=0 failed=0
-# Ten seconds of the nine minutes are for what follows the last step. Without a GPU it takes what it takes.
+# Ten seconds of the nine minutes are for what follows the last step. Without a GPU the steps take longer.
 total=$([ "$device" = cpu ] && echo 1800 || echo 530)
-# What each step is sure to get; what is left of it goes to the next.
+# Each step is sure to get this many seconds, and those that it leaves go to the next step.
 declare -A seconds=([build]=20 [wheels]=40 [gpu-tests]=75 [contract-tests]=60 [tune_tiles]=60 [entropy_loss]=95
     [linear_entropy]=80 [token_stats]=35 [training_step]=45 [host_overhead]=20)
 
@@ -55,13 +56,14 @@ suite() {
     step "$1" "$python" benchmarks --suite "$1" --out "$folder" --size "$size" --device "$device"
 }
 
-# What the CPU numbers and the contract's CPU part need; all of it runs without, more slowly.
+# The compiled kernels serve the CPU part of the tests and of the numbers. Without them everything runs, more slowly.
 if [ ! -e em_kernels/_entropy_cpu.so ]; then
     step build "$python" setup.py build_ext --inplace
 fi
 if [ -d "$wheels" ]; then
-    # Into an environment of their own, which sees the machine's packages too: some wheels share a folder or bring a .pth
-    # file, which a folder on PYTHONPATH would not do. One at a time: one that does not fit takes no other with it.
+    # The wheels go into an environment of their own, which sees the machine's packages too. A folder on PYTHONPATH
+    # would not do: some wheels share a folder or bring a .pth file. Each wheel is installed alone, so that one that does
+    # not fit takes no other with it.
     peers=$(mktemp -d)
     trap 'rm -rf "$peers"' EXIT
     step wheels bash -c '"$1" -m venv --without-pip --system-site-packages "$2" || exit 1
@@ -80,7 +82,7 @@ step gpu-tests "$python" -m pytest -q -m gpu -p no:cacheprovider tests
 step contract-tests "$python" -m pytest -q -m "not gpu" -p no:cacheprovider -k triton \
     tests/test_entropy.py tests/test_stats.py tests/test_properties.py tests/ops/test_operators.py \
     tests/test_linear_entropy.py tests/test_linear_stats.py tests/ops/test_linear.py
-# Without a GPU the kernels have to be interpreted.
+# Without a GPU the Triton kernels have to be interpreted.
 if [ "$device" = cpu ]; then export TRITON_INTERPRET=1; fi
 suite tune_tiles
 unset TRITON_INTERPRET

@@ -1,4 +1,4 @@
-"""What can be run: the suites, in order of importance, and their sizes, the default first."""
+"""The suites in order of importance, and the sizes they can be run in, the default first."""
 
 SUITES = ("entropy_loss", "linear_entropy", "token_stats", "training_step", "host_overhead")
 SIZES = {

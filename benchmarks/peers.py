@@ -1,8 +1,8 @@
 """The published implementations that ours are measured beside, each imported from its own package.
 
-What a peer gives decides where it is compared: "entropy" and "statistics" (the target's log-probability and the
-entropy) are what ours compute; "cross entropy" is less, one logit of a row and a normaliser, no sum over the
-distribution, and is there as the loss whose cost people know.
+What a peer gives decides where it is compared. "entropy" and "statistics" (the target's log-probability and the
+entropy) are what ours compute. "cross entropy" is less: it needs one logit of a row and a normaliser, no sum over the
+distribution. It is included because people know its cost.
 """
 
 import importlib
@@ -24,16 +24,16 @@ class Peer:
     """A published implementation.
 
     Attributes:
-        name: as it is shown.
-        package: that it comes from, as the package registry knows it.
+        name: the name in tables and rows.
+        package: the package that contains it, by its name in the package registry.
         takes: "logits" or "hidden".
         gives: "entropy", "statistics" or "cross entropy".
-        load: imports it and returns its function, (logits, target) for logits and (hidden, weight, target, temperature)
-            for hidden states. An entropy or a cross entropy is the mean over the tokens; statistics are two tensors, a
-            log-probability and an entropy for each.
-        needs_gpu: it has kernels for GPUs only.
-        differentiable: on "cpu", "cuda", the devices where its entropy has a gradient.
-        overwrites: its gradient is written into the logits.
+        load: imports the implementation and returns its function, of (logits, target) or of (hidden, weight, target,
+            temperature). An entropy or a cross entropy is the mean over the tokens. Statistics are two tensors, a
+            log-probability and an entropy for each token.
+        needs_gpu: whether its kernels are for GPUs only.
+        differentiable: the devices, "cpu" and "cuda", where its entropy has a gradient.
+        overwrites: whether its gradient is written into the logits.
     """
 
     name: str
@@ -49,7 +49,10 @@ class Peer:
 def peers(
     takes: str, gives: tuple[str, ...], device: torch.device, only: str | None = None
 ) -> tuple[dict[Peer, Callable[..., Any]], dict[str, str]]:
-    """The functions of the peers that run here, and why the others do not, by name; `only` imports no other."""
+    """Return the functions of the peers that run here, and by name the reasons why the others do not.
+
+    With `only`, the peer of that name is the only one that is imported.
+    """
     found, missing = {}, {}
     for peer in _PEERS:
         if peer.takes != takes or peer.gives not in gives or only not in (None, peer.name):
@@ -61,19 +64,19 @@ def peers(
         else:
             try:
                 found[peer] = peer.load()
-            # Whatever importing somebody else's package may do, the others are measured.
+            # The import of a foreign package may fail in any way, and the other peers are measured all the same.
             except (Exception, SystemExit) as error:
                 missing[peer.name] = f"{peer.package} {version(peer.package)}: {error_text(error)}"
     return found, missing
 
 
 def all_peers(takes: str, gives: str) -> list[Peer]:
-    """Whether or not they run here."""
+    """Return the peers of a kind, including those that do not run here."""
     return [peer for peer in _PEERS if (peer.takes, peer.gives) == (takes, gives)]
 
 
 def versions() -> dict[str, str | None]:
-    """Of the packages the peers come from."""
+    """Return the version of each package that contains a peer, None where it is not installed."""
     return {peer.package: version(peer.package) for peer in _PEERS}
 
 
@@ -92,7 +95,7 @@ def _trl_statistics() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
 
 
 def _trl_kernel() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    # What the function above calls on a GPU, without the requirements of TRL's trainers.
+    # TRL's own function, above, calls this kernel on a GPU. Its module does without the requirements of TRL's trainers.
     return _from("trl.kernels.logprob_entropy", "selective_log_softmax_and_entropy")
 
 
@@ -149,7 +152,7 @@ def _liger_linear() -> Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, T
     return statistics
 
 
-# Those that have no temperature are given hidden states divided by it, a small part of the cost.
+# Peers without a temperature are given hidden states divided by it, which is a small part of the cost.
 def _cut_cross_entropy() -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:
     function = _from("cut_cross_entropy", "linear_cross_entropy")
     return lambda hidden, weight, target, temperature: function(hidden / temperature, weight, target)
@@ -181,7 +184,7 @@ def _from(module: str, name: str) -> Any:
 
 
 def _verl(module: str, name: str) -> Any:
-    # verl's own __init__ imports a cluster manager and its requirements, of which these modules use nothing.
+    # verl's own __init__ imports a cluster manager and its requirements, and these modules use nothing of them.
     if "verl" not in sys.modules:
         found = importlib.util.find_spec("verl")
         assert found is not None
@@ -194,11 +197,11 @@ def _verl(module: str, name: str) -> Any:
 
 
 _GPU = {"needs_gpu": True}
-# verl's trainers on GPUs take the log-probabilities from it; without it, row by row.
+# On GPUs verl's trainers take the log-probabilities from flash-attn. Without it they compute them row by row.
 _WITHOUT_FLASH = "" if importlib.util.find_spec("flash_attn") else " (no flash-attn)"
 _PEERS = (
     Peer("TRL entropy_from_logits", "trl", "logits", "entropy", _trl_entropy),
-    # On a GPU a kernel without a backward.
+    # On a GPU axolotl runs a kernel that has no backward.
     Peer("axolotl entropy_from_logits", "axolotl", "logits", "entropy", _axolotl_entropy, differentiable=("cpu",)),
     Peer("verl entropy_from_logits", "verl", "logits", "entropy", partial(_verl_entropy, "entropy_from_logits")),
     Peer(

@@ -1,4 +1,4 @@
-"""The picture of docs/benchmarks.md: four panels of a run, each left out where nothing was measured for it."""
+"""The picture of docs/benchmarks.md has four panels of a run; a panel is left out where nothing was measured for it."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ _OTHERS = ("#d98c2b", "#5d9e52", "#b05c8e", "#c0504d", "#7a6fb0", "#4aa3a3", "#a
 
 
 def plot(runs: dict[str, list[Row]], file: Path) -> None:
-    """Writes a PNG: share of the floor by vocabulary, memory by tokens, time by mask share, time by grad_tolerance."""
+    """Write a PNG: share of the floor by vocabulary, memory by tokens, time by mask share, time by grad_tolerance."""
     panels = (
         (_share_of_floor, runs.get("entropy_loss", [])),
         (_memory, runs.get("linear_entropy", [])),
@@ -57,7 +57,7 @@ def _memory(axes: Axes, rows: list[Row]) -> None:
     shapes: dict[tuple[int, int], set[int]] = {}
     for row in rows:
         shapes.setdefault((row["dim"], row["vocab"]), set()).add(row["rows"])
-    # Of the operands that were measured at the most numbers of tokens.
+    # The panel shows the operands that were measured at the most numbers of tokens.
     shape = max(shapes, key=lambda key: len(shapes[key]), default=None)
     rows = [row for row in rows if (row["dim"], row["vocab"]) == shape and not row["contender"].startswith("ours,")]
     series: dict[str, list[tuple[int, float]]] = {}

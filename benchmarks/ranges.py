@@ -1,26 +1,26 @@
-"""Ranges over the shapes at which something was measured."""
+"""This module computes ranges over the shapes at which something was measured."""
 
 from collections.abc import Callable, Iterable
 
 from stored_rows import Row, by_shape
 
-# What was measured at one shape, by "contender | variant".
+# A shape holds the rows that were measured at it, by "contender | variant".
 Shape = dict[str, Row]
-# A number of a row, None where it was not measured.
+# A value is a function that returns a number of a row, or None where it was not measured.
 Value = Callable[[Row], float | None]
 
 BEST_PEER = "the best peer"
-# Contenders that are neither published implementations nor named "ours".
+# These contenders are not published implementations, and their names do not begin with "ours".
 _NO_PEERS = ("eager", "torch.compile", "entropy_loss on logits")
 
 
 def shapes_of(rows: Iterable[Row]) -> list[Shape]:
-    """The shapes in the order of measurement, at each of them the best peer beside the contenders."""
+    """Return the shapes in the order of measurement, with the best peer beside the contenders of each."""
     return [shape | _best_peer(shape) for shape in by_shape(rows)]
 
 
 def by_dtype(shapes: list[Shape]) -> dict[str, list[Shape]]:
-    """The shapes of each dtype, the dtype with the most of them first."""
+    """Return the shapes of each dtype, the dtype with the most shapes first."""
     found: dict[str, list[Shape]] = {}
     for shape in shapes:
         found.setdefault(next(iter(shape.values()))["dtype"], []).append(shape)
@@ -28,19 +28,19 @@ def by_dtype(shapes: list[Shape]) -> dict[str, list[Shape]]:
 
 
 def values(shapes: list[Shape], name: str, value: Value) -> list[float]:
-    """The value of the contender at each shape where it was measured."""
+    """Return the contender's value at each shape where it was measured."""
     found = (value(shape[name]) for shape in shapes if name in shape)
     return [number for number in found if number is not None]
 
 
 def ratios(shapes: list[Shape], name: str, other: str, value: Value) -> list[float]:
-    """The value of one contender over that of another, at each shape where both were measured."""
+    """Return one contender's value over another's, at each shape where both were measured."""
     both = [shape for shape in shapes if values([shape], name, value) and values([shape], other, value)]
     return [x / y for x, y in zip(values(both, name, value), values(both, other, value), strict=True)]
 
 
 def spread(numbers: list[float]) -> str:
-    """The least to the greatest, in two digits: one number where both are written alike, "" where there are none."""
+    """Return the least and the greatest number, in two digits: one number where both are written alike, "" for none."""
     ends = [_two_digits(x) for x in sorted(numbers)]
     return " to ".join(dict.fromkeys((ends[0], ends[-1]))) if ends else ""
 
@@ -50,13 +50,13 @@ def _two_digits(x: float) -> str:
 
 
 def peers(shapes: list[Shape]) -> list[str]:
-    """The published implementations that compute an entropy and its gradient, in the order of measurement."""
+    """Return the names of the published implementations of an entropy and its gradient, in the order of measurement."""
     rows = [row for shape in shapes for row in shape.values() if _is_peer(row)]
     return list(dict.fromkeys(row["contender"] for row in rows if row["variant"] != "forward"))
 
 
 def _best_peer(shape: Shape) -> Shape:
-    """For each variant, the row of the fastest peer, with the memory of the one that takes least."""
+    """Return the row of the fastest peer for each variant, with the memory of the peer that takes least."""
     variants: dict[str, list[Row]] = {}
     for row in shape.values():
         if _is_peer(row):

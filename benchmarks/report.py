@@ -1,9 +1,9 @@
-"""Writes what README.md and docs/benchmarks.md say of the rows in benchmarks/results, and the pictures beside these.
+"""Write what README.md and docs/benchmarks.md say of the rows in benchmarks/results, and draw the pictures.
 
-Of each suite the latest run on the CPU and on a GPU counts. README.md gets the ranges over all measured shapes as
-sentences (between <!-- benchmark:ranges --> and <!-- /benchmark:ranges -->) and as a table (benchmark:summary),
-docs/benchmarks.md the tables in full (benchmark:tables). Rows of a checkout with uncommitted changes are refused,
-because nobody could check out what they measured.
+Of each suite, the latest run on the CPU and the latest on a GPU count. README.md gets the ranges over all measured
+shapes as sentences, between the markers <!-- benchmark:ranges --> and <!-- /benchmark:ranges -->, and as a table,
+between the markers of benchmark:summary. docs/benchmarks.md gets the tables in full, between those of benchmark:tables.
+Rows of a checkout with uncommitted changes are refused, because nobody could check out what they measured.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def latest_runs(results: Path) -> dict[str, dict[str, list[Row]]]:
-    """By "cpu" and "gpu" and by suite; ValueError says which rows cannot be reported."""
+    """Return the rows by "cpu" or "gpu" and by suite; ValueError says which rows cannot be reported."""
     rows = read(results)
     runs = {kind: {suite: latest_run(rows, suite, device) for suite in SUITES} for kind, device in _DEVICES.items()}
     runs = {kind: suites for kind, suites in runs.items() if any(suites.values())}
@@ -93,7 +93,7 @@ def _filled(text: str) -> str:
 
 
 def insert(text: str, name: str, content: str, file: Path) -> str:
-    """`text` with `content` between the markers of `name`; ValueError unless `text` has them once."""
+    """Return `text` with `content` between the markers of `name`; ValueError unless `text` has them exactly once."""
     start, end = f"<!-- benchmark:{name} -->", f"<!-- /benchmark:{name} -->"
     inserted, count = re.subn(
         f"{re.escape(start)}.*?{re.escape(end)}", lambda _: f"{start}\n{content}\n{end}", text, flags=re.DOTALL

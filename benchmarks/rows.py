@@ -1,4 +1,4 @@
-"""The rows of JSON in which measurements are kept, each with what it was measured on."""
+"""Measurements are kept as rows of JSON, each with the machine and the versions that it was measured on."""
 
 import json
 import os
@@ -16,7 +16,10 @@ _ROOT = Path(__file__).parents[1]
 
 
 def append_row(file: Path, row: Mapping[str, Any]) -> None:
-    """One line of JSON at the end of the file, on disk before this returns to a process that may be stopped."""
+    """Append a row to the file as one line of JSON.
+
+    The line is on disk when this returns, because the process may be stopped at any time.
+    """
     with file.open("a") as lines:
         lines.write(json.dumps(row) + "\n")
         lines.flush()
@@ -24,7 +27,7 @@ def append_row(file: Path, row: Mapping[str, Any]) -> None:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What a number was measured on: hardware, versions, commit, time."""
+    """Return what a number was measured on: hardware, versions, commit and time."""
     on_gpu = device.type == "cuda"
     commit, dirty = _commit()
     return {
@@ -43,7 +46,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def error_text(error: BaseException) -> str:
-    """The first line that says something, and of which type it is."""
+    """Return the type of an error and the first line of its text that is not empty."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
 
@@ -63,9 +66,10 @@ def _cpu_name() -> str:
 
 
 def _commit() -> tuple[str | None, bool]:
-    """The commit, and whether anything but results differs from it.
+    """Return the commit, and whether anything but results differs from it.
 
-    Where the history is absent, EM_COMMIT says both, as `git describe --always --abbrev=40 --dirty --exclude '*'` does.
+    Where the history is absent, the environment variable EM_COMMIT gives both, in the form of `git describe --always
+    --abbrev=40 --dirty --exclude '*'`.
     """
     commit = _output("git", "rev-parse", "HEAD")
     if commit is None:

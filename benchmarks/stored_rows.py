@@ -1,4 +1,4 @@
-"""The stored measurements: the rows of a folder, the latest run of a suite, and what was measured at one shape."""
+"""This module reads stored measurements: the rows of a folder, the latest run of a suite, and the rows of one shape."""
 
 import json
 from collections.abc import Iterable
@@ -7,12 +7,12 @@ from typing import Any
 
 Row = dict[str, Any]
 
-# The fields of a row that say on which input it was measured.
+# These fields of a row describe the input that it was measured on.
 _SHAPE = ("benchmark", "takes", "dtype", "rows", "dim", "vocab", "logits", "model")
 
 
 def read(results: Path) -> list[Row]:
-    """Reads every row of the JSON-lines files in the folder `results`; ValueError names a line that is no row."""
+    """Return every row of the JSON-lines files in the folder; ValueError names a line that is no row."""
     rows = []
     for file in sorted(results.glob("*.jsonl")):
         for number, text in enumerate(file.read_text().splitlines(), 1):
@@ -24,14 +24,14 @@ def read(results: Path) -> list[Row]:
 
 
 def latest_run(rows: Iterable[Row], benchmark: str, device: str) -> list[Row]:
-    """The rows of the run of a suite on `device` that started last; empty if there was none."""
+    """Return the rows of the run of a suite on `device` that started last, an empty list if there was none."""
     rows = [row for row in rows if row.get("benchmark") == benchmark and row.get("device") == device]
     latest = max((row["machine"]["time"] for row in rows), default=None)
     return [row for row in rows if row["machine"]["time"] == latest]
 
 
 def by_shape(rows: Iterable[Row]) -> list[dict[str, Row]]:
-    """For each shape, in the order of measurement, what was measured there, by "contender | variant"."""
+    """Return what was measured at each shape, by "contender | variant"; the shapes are in the order of measurement."""
     shapes: dict[tuple[Any, ...], dict[str, Row]] = {}
     for row in rows:
         if "contender" in row and "not_run" not in row:

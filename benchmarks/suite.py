@@ -1,8 +1,9 @@
-"""What the suites have in common: contenders on the same inputs, the rows they make, and running a suite.
+"""This module times contenders on the same inputs, makes rows of the times, and runs a suite.
 
-A suite is a module. `configurations(size, device)` are the shapes it measures, dataclasses, those first that say most;
-`names(c)` and `prepare(c)` the contenders of one (not of tune_tiles, which has no peers); `rows(c)` measures them;
-`missing(device)` says which of its peers do not run here and why; `header(c)` and `line(row)` are what is printed.
+A suite is a module with these functions. `configurations(size, device)` yields the shapes to measure, as dataclasses,
+those first that say most. `names(c)` and `prepare(c)` give the contenders of a shape; tune_tiles, which has no peers,
+lacks both. `rows(c)` measures the contenders. `missing(device)` gives the peers that do not run here, with the reasons.
+`header(c)` and `line(row)` make the text to print.
 """
 
 import gc
@@ -21,9 +22,10 @@ from peers import versions
 from rows import append_row, error_text, machine
 from timing import Call, Timing, Unusable, measure, synchronize
 
-# A configuration's fields that say how it is measured, not what.
+# These fields of a configuration say how it is measured. Rows leave them out.
 _HOW = ("budget", "compiled", "memory", "time")
-# In the environment of a process that goes on where a contender left the GPU unusable: what is done, who is left out.
+# This environment variable tells a process that continues a run, after a contender has left the GPU unusable, what is
+# done and which contenders to leave out.
 _CONTINUED = "EM_BENCH_CONTINUED"
 
 
@@ -31,11 +33,11 @@ class Prepared(NamedTuple):
     """The contenders of a configuration on the same inputs.
 
     Attributes:
-        calls: by "contender | variant".
-        slots: the number of inputs they are given in turn.
-        check: the errors of a result of the contender of that name.
-        notes: what the rows say of each contender beside its time and errors, by the same names.
-        floor: the name of the contender that the others' times are divided by.
+        calls: the calls, by "contender | variant".
+        slots: the number of inputs that the contenders are given in turn.
+        check: returns the errors of a contender's result, given the contender's name and the result.
+        notes: what a contender's row says beside its time and errors, by the same names.
+        floor: the name of the contender whose time divides the times of the others.
     """
 
     calls: dict[str, Call]
@@ -46,7 +48,7 @@ class Prepared(NamedTuple):
 
 
 def rows_of(benchmark: str, c: Any, prepared: Prepared) -> Iterator[dict[str, Any]]:
-    """Measures the contenders of a configuration and answers a row for each."""
+    """Measure the contenders of a configuration and yield a row for each."""
     errors: dict[str, dict[str, float | None]] = {}
     timings = timed(
         benchmark,
@@ -74,21 +76,21 @@ def rows_of(benchmark: str, c: Any, prepared: Prepared) -> Iterator[dict[str, An
 
 
 def timed(benchmark: str, calls: dict[str, Call], device: torch.device, **how: Any) -> dict[str, Timing | Exception]:
-    """`measure`, but for who has made the GPU unusable in this run before."""
+    """Return the timings of `measure`, without calling contenders that made the GPU unusable earlier in this run."""
     without = _continued(benchmark)["without"]
     found = measure({name: call for name, call in calls.items() if name not in without}, device, **how)
     return {name: found.get(name, RuntimeError("left out: it made the GPU unusable before")) for name in calls}
 
 
 def run(suite: ModuleType, size: str, device: torch.device, folder: Path) -> int:
-    """Appends a suite's rows to FOLDER/SUITE.jsonl as they come, and prints them; the number of failures of our own.
+    """Append a suite's rows to FOLDER/SUITE.jsonl as they come, print them, and return how many of ours failed.
 
-    A contender that fails, be it by an exception or by leaving the GPU in an error that only a new process ends, is
-    recorded, and the others go on. The last row of a run that came to its end says "finished".
+    A contender fails by an exception, or by leaving the GPU in an error that only a new process ends. Its failure is
+    recorded, and the others go on. The last row of a complete run says "finished".
     """
     name = suite.__name__
     continued = _continued(name)
-    # One run has one time, by which its rows are found.
+    # All rows of a run have the same time, by which they are found.
     where = continued["machine"] or machine(device) | {"peers": versions()}
     file = folder / f"{name}.jsonl"
     common = {"benchmark": name, "device": device.type}
@@ -97,7 +99,7 @@ def run(suite: ModuleType, size: str, device: torch.device, folder: Path) -> int
         append_row(file, row | {"size": size, "seed": SEED, "machine": where})
 
     def go_on(done: int, without: list[str]) -> NoReturn:
-        """In a new process, with the configuration after `done` others."""
+        """Continue in a new process, with the configuration after `done` others."""
         state = {"done": done, "without": without, "failures": failures, "machine": where, "suite": name}
         os.environ[_CONTINUED] = json.dumps(state)
         sys.stdout.flush()
@@ -118,7 +120,8 @@ def run(suite: ModuleType, size: str, device: torch.device, folder: Path) -> int
                 keep(row)
                 failures += row["contender"].startswith("ours") and ("error" in row or "memory_error" in row)
                 print(row_line(row, suite.line), flush=True)
-        except Exception as error:  # Out of memory for the inputs themselves: the next shape may fit.
+        # The inputs of this shape may not fit in memory, and those of the next shape may.
+        except Exception as error:
             print(error_text(error), file=sys.stderr, flush=True)
             failures += not isinstance(error, Unusable) or error.contender.startswith("ours")
             if isinstance(error, Unusable) and error.contender not in continued["without"]:
@@ -137,7 +140,7 @@ def run(suite: ModuleType, size: str, device: torch.device, folder: Path) -> int
 
 
 def _continued(name: str) -> dict[str, Any]:
-    """How much of the suite of this name an earlier process has done."""
+    """Return what an earlier process has done of the suite of this name."""
     found = json.loads(os.environ.get(_CONTINUED, "{}"))
     if found.get("suite") == name:
         return found

@@ -1,4 +1,4 @@
-"""What README.md says of the measurements: sentences and a table, every number the range over all measured shapes."""
+"""This module writes what README.md says of the measurements: each number is the range over all measured shapes."""
 
 import math
 
@@ -8,7 +8,7 @@ from ranges import BEST_PEER, Shape, Value, by_dtype, peers, ratios, shapes_of, 
 from stored_rows import Row
 from targets import gradient_bytes, itemsize
 
-# The columns of the table, each with its contender in the loss on logits and in the loss on hidden states.
+# Each column of the table has a contender in the loss on logits and one in the loss on hidden states.
 _COLUMNS = {
     "eager PyTorch": ("eager | forward+backward", "eager | "),
     "`torch.compile`": ("torch.compile | forward+backward", "torch.compile | "),
@@ -22,7 +22,7 @@ _OTHERS = ("eager PyTorch", "`torch.compile`")
 
 
 def sentences(runs: dict[str, list[Row]], device: str) -> str:
-    """How fast and how small both losses are on one machine, beside eager PyTorch and `torch.compile`."""
+    """Return the speed and memory of both losses on one machine, beside eager PyTorch and `torch.compile`."""
     logits, hidden = shapes_of(runs["entropy_loss"]), shapes_of(runs["linear_entropy"])
     said = [text for text in (_of_logits(logits), _of_hidden(hidden)) if text]
     if not said:
@@ -34,7 +34,7 @@ def sentences(runs: dict[str, list[Row]], device: str) -> str:
 
 
 def summary_table(runs: dict[str, list[Row]], device: str) -> str:
-    """Time over the floor's, and memory, of both losses: eager PyTorch, `torch.compile`, the best peer, and ours."""
+    """Return a table of time over the floor's, and of memory, for both losses beside eager, compiled and best peer."""
     logits, hidden = shapes_of(runs["entropy_loss"]), shapes_of(runs["linear_entropy"])
     on_logits, on_hidden = (list(names) for names in zip(*_COLUMNS.values(), strict=True))
     lines = [
@@ -72,7 +72,7 @@ def _of_logits(shapes: list[Shape]) -> str:
         return ""
     text = f"`entropy_loss` and its gradient are computed {'; '.join(parts)}."
     beyond = values(shapes, _COLUMNS["ours"][0], _mebibytes_beyond_gradient)
-    # Rounded up: a bound must not be lower than what was measured.
+    # The number is rounded up, because a bound must not be lower than what was measured.
     return (
         f"{text} They take at most {math.ceil(10 * max(0, *beyond)) / 10} MiB beyond the gradient." if beyond else text
     )
@@ -94,7 +94,7 @@ def _of_hidden(shapes: list[Shape]) -> str:
 
 
 def _line(heading: str, shapes: list[Shape], names: list[str], value: Value) -> list[str]:
-    """The heading, with the number of shapes, and a cell for each of the contenders."""
+    """Return the heading, with the number of shapes, and a cell for each contender."""
     counts = [len(values(shapes, name, value)) for name in names]
     cells = []
     for name, count in zip(names, counts, strict=True):
@@ -112,7 +112,7 @@ def _machine(runs: dict[str, list[Row]]) -> Row:
 
 
 def _tokens(shapes: list[Shape]) -> str:
-    """The numbers of tokens at which memory was measured."""
+    """Return the numbers of tokens at which memory was measured."""
     found = sorted({row["rows"] for shape in shapes for row in shape.values() if "extra_bytes" in row})
     return f"{spread(found)} tokens"
 

@@ -1,4 +1,4 @@
-"""The numbers that were set out to be reached, and what a run has of them."""
+"""This module holds the numbers that were set as targets, and compares a run with them."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -8,7 +8,10 @@ from stored_rows import Row, by_shape
 
 
 class Target(NamedTuple):
-    """A bound on `value(row, others)` of each row that `concerns`; `others` are its configuration's rows, by name."""
+    """A bound on `value(row, others)` for each row that the target `concerns`.
+
+    `others` are the rows of the same shape, by "contender | variant".
+    """
 
     text: str
     benchmark: str
@@ -20,7 +23,7 @@ class Target(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """`worst` of the measurements that a target concerns, and how many there are."""
+    """The worst of the measurements that a target concerns, and their number."""
 
     target: Target
     worst: float
@@ -32,7 +35,7 @@ class Outcome(NamedTuple):
 
 
 def outcomes(rows: Iterable[Row], device: str) -> list[Outcome]:
-    """Of the targets that the rows say something of."""
+    """Return the outcomes of the targets that the rows have measurements for."""
     shapes = by_shape(rows)
     found = []
     for target in _TARGETS:
@@ -44,7 +47,7 @@ def outcomes(rows: Iterable[Row], device: str) -> list[Outcome]:
             if (value := target.value(row, others)) is not None
         ]
         if values:
-            # A failed measurement is one that misses.
+            # A failed measurement misses its target.
             found.append(Outcome(target, max(math.inf if math.isnan(v) else v for v in values), len(values)))
     return found
 
@@ -66,9 +69,9 @@ def _linear(name: str, dims: tuple[int, float]) -> Callable[[Row], bool]:
     return lambda row: row["contender"] == name and dims[0] <= row["dim"] < dims[1] and row["rows"] >= 2048
 
 
-# What could not be measured misses its target: NaN. None: the row was not asked for it.
+# A value is NaN where the measurement failed, which misses the target, and None where nothing was to be measured.
 def _over(floor: str) -> Callable[[Row, dict[str, Row]], float | None]:
-    """Seconds over those of another contender."""
+    """Return a function that gives a row's seconds over those of another contender."""
 
     def value(row: Row, others: dict[str, Row]) -> float | None:
         other = others.get(floor)
@@ -84,7 +87,7 @@ def _of(key: str) -> Callable[[Row, dict[str, Row]], float | None]:
 
 
 def _beyond(key: Callable[[Row], int], unit: float) -> Callable[[Row, dict[str, Row]], float | None]:
-    """Memory beyond what the result itself takes."""
+    """Return a function that gives the memory beyond what the result itself takes."""
 
     def value(row: Row, others: dict[str, Row]) -> float | None:
         if "error" in row or "memory_error" in row:
@@ -99,7 +102,7 @@ def gradient_bytes(row: Row) -> int:
 
 
 def _linear_bytes(row: Row) -> int:
-    """The gradients, and a sum of the weight's in float32."""
+    """Return the bytes of the gradients, and of a sum of weight's gradient in float32."""
     weight = row["vocab"] * row["dim"]
     return (row["rows"] * row["dim"] + weight) * itemsize(row) + (weight * 4 if row["dtype"] != "float32" else 0)
 
@@ -108,7 +111,7 @@ def itemsize(row: Row) -> int:
     return 4 if row["dtype"] == "float32" else 2
 
 
-# As large as the copy's time is to mean anything: several times a GPU's second-level cache.
+# The logits must exceed a GPU's second-level cache several times for the time of their copy to mean anything.
 _LARGE = 400 << 20
 _TARGETS = (
     Target(

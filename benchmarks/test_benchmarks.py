@@ -1,10 +1,10 @@
-"""The cases of `make bench` for pytest-benchmark: for who keeps an eye on regressions.
+"""The cases of `make bench` run under pytest-benchmark, for people who keep an eye on regressions.
 
     pytest benchmarks/ --benchmark-json=before.json
     pytest benchmarks/ --benchmark-compare=before.json --benchmark-compare-fail=median:30%
 
-The first keeps a run; the second fails where a median is more than 1.3 times that run's. Times are wall-clock times
-until the device is done; each contender's errors against float64 are in the extra_info of its entry.
+The first command keeps a run. The second fails where a median is more than 1.3 times that run's. Times are wall-clock
+times until the device is done. Each contender's errors against float64 are in the extra_info of its entry.
 """
 
 import itertools
@@ -14,7 +14,7 @@ import pytest
 import torch
 from timing import synchronize
 
-# Seconds for the rounds of one contender, and how many rounds there are at least.
+# The rounds of one contender fill this many seconds; these are the least and the greatest number of rounds.
 _SECONDS = 1.0
 _FEWEST_ROUNDS = 5
 _MOST_ROUNDS = 200
@@ -22,7 +22,10 @@ _MOST_ROUNDS = 200
 
 @pytest.fixture(scope="module")
 def prepare():
-    """A configuration's contenders on the same inputs; only those of the latest are held."""
+    """Return a function that prepares a configuration's contenders on the same inputs.
+
+    Only the contenders of the latest configuration are held.
+    """
     held = {}
 
     def prepared(suite, configuration):
@@ -48,7 +51,8 @@ def test_benchmark(benchmark, prepare, suite, configuration, contender):
         if call.restore is not None:
             call.restore(slot)
 
-    for _ in range(2):  # Loading and compiling; then an estimate.
+    # The first call loads and compiles, and the second gives an estimate.
+    for _ in range(2):
         slot = next(slots)
         start = time.perf_counter()
         try:
@@ -66,6 +70,7 @@ def test_benchmark(benchmark, prepare, suite, configuration, contender):
         teardown=restore,
         rounds=min(max(int(_SECONDS / seconds), _FEWEST_ROUNDS), _MOST_ROUNDS),
     )
-    if benchmark.disabled:  # Then it has called once, and not torn down.
+    # A disabled benchmark has called once and has not torn down.
+    if benchmark.disabled:
         for slot in range(prepared.slots):
             restore(slot)

@@ -1,10 +1,10 @@
-"""Measuring callables against each other.
+"""This module measures callables against each other.
 
 All contenders are called in turn, forwards and backwards alternately, so that a change of the machine's clock or load
 falls on all of them. On a GPU each call is enclosed by two events and enqueued behind a wait of a millisecond, so that
-the time between the events is the device's; where the host takes longer to launch a contender's kernels, or has to wait
-for the device in between, the host's part is in it: `host_seconds` tells. On the CPU, and for the host's time to
-enqueue a call on a GPU, the clock is perf_counter.
+the time between the events is the device's. Where the host takes longer to launch a contender's kernels, or has to wait
+for the device in between, the time contains the host's part, and `host_seconds` tells so. On the CPU, and for the
+host's time to enqueue a call on a GPU, the clock is perf_counter.
 """
 
 import gc
@@ -16,19 +16,22 @@ from typing import Any, NamedTuple
 
 import torch
 
-# Calls before the first that counts: loading and compiling, and the caches and clocks after them.
+# The first calls load, compile, and fill caches, so that they do not count.
 _WARM_UP = 3
-# A contender that has run for so many seconds has warmed up with two.
+# Two calls are enough to warm up a contender that has run for this many seconds.
 _WARM_SECONDS = 1.0
 _FEWEST_ROUNDS = 5
-# About a millisecond at 2 GHz: longer than the host takes to enqueue most contenders.
+# The wait is about a millisecond at 2 GHz, longer than the host takes to enqueue most contenders.
 _DEVICE_WAIT_CYCLES = 2_000_000
-# A rotation over inputs of this many times the second-level cache leaves nothing of an input in it.
+# Inputs of this many times the second-level cache in all leave nothing of an input in the cache.
 _CACHES_TO_EXCEED = 3
 
 
 class Timing(NamedTuple):
-    """Seconds of a call: median, 20th and 80th percentile of `repeats` calls; the median until the host returned."""
+    """The seconds of a call: the median, the 20th and the 80th percentile of `repeats` calls.
+
+    `host_seconds` is the median time until the call returned to the host.
+    """
 
     seconds: float
     p20: float
@@ -46,7 +49,10 @@ class Unusable(Exception):
 
 
 class Call(NamedTuple):
-    """`run(slot)` is timed, on the input number `slot`; `restore(slot)` then repairs what it overwrote, untimed."""
+    """A contender's `run(slot)` is timed on the input of that number.
+
+    Then `restore(slot)`, which is not timed, repairs what the call overwrote.
+    """
 
     run: Callable[[int], Any]
     restore: Callable[[int], None] | None = None
@@ -62,19 +68,21 @@ def measure(
     enqueue: bool = False,
     check: Callable[[str, Any], None] | None = None,
 ) -> dict[str, Timing | Exception]:
-    """Times the calls in alternating order; one that fails is answered by its exception, and the others go on.
+    """Return the timings of calls that are made in alternating order.
+
+    A call that fails has its exception in place of a timing, and the others go on.
 
     Args:
-        calls: what to time, by name.
-        device: where they run.
-        slots: how many inputs to rotate, see `slots_beyond_cache`.
-        budget: seconds for all of it, warm-up excluded; the fewest rounds are made all the same.
-        most_rounds: how many calls of each are enough.
-        enqueue: time the host alone, which does not wait for the device.
-        check: called with the name and the result of each call of the last round.
+        calls: the calls to time, by name.
+        device: the device where they run.
+        slots: the number of inputs to rotate, see `slots_beyond_cache`.
+        budget: the seconds for all rounds, without warming up; the fewest rounds are made even where they take longer.
+        most_rounds: the number of calls of each contender that suffices.
+        enqueue: whether to time the host alone, which does not wait for the device.
+        check: a function that is given the name and the result of each call of the last round.
 
     Raises:
-        Unusable: after a contender's failure the GPU answers every call with an error.
+        Unusable: the GPU answers every call with an error after a contender's failure.
     """
     clock = _host_clock if enqueue or device.type == "cpu" else _event_clock
     results: dict[str, Timing | Exception] = {}
@@ -94,7 +102,8 @@ def measure(
             host_times[name].append(host_seconds)
             if last and check is not None:
                 check(name, held[slot])
-        finally:  # Whoever comes next finds the input whole, also after a failure.
+        # The next contender must find the input whole, also after a failure.
+        finally:
             if restore is not None:
                 restore(slot)
         return seconds
@@ -104,7 +113,8 @@ def measure(
             return None
         try:
             return one(name, last)
-        except Exception as error:  # A contender may fail in any way: out of memory, a compiler's own error, its check.
+        # A contender may fail in any way: out of memory, in a compiler, or in its check.
+        except Exception as error:
             results[name] = without_frames(error)
             held.clear()
             gc.collect()
@@ -124,7 +134,7 @@ def measure(
             last = time.perf_counter()
             if guarded(name) is None or (i > 0 and time.perf_counter() - first > _WARM_SECONDS):
                 break
-        # The time of a round is that of all there is to a call, not only of what is timed.
+        # A round takes the whole duration of its calls, not only the part that is timed.
         if name not in results:
             estimate += time.perf_counter() - last
         host_times[name].clear()
@@ -143,13 +153,13 @@ def measure(
 
 
 def without_frames(error: Exception) -> Exception:
-    """The same error: what its traceback refers to would keep every tensor of the failed call."""
+    """Return the same error without its traceback, which would keep every tensor of the failed call."""
     error.__context__ = error.__cause__ = None
     return error.with_traceback(None)
 
 
 def _show(text: str) -> None:
-    """A line that the next one overwrites, for who is watching."""
+    """Print a line that the next one overwrites, for a person who is watching."""
     if sys.stderr.isatty():
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
@@ -160,7 +170,7 @@ def summary(times: list[float], host_seconds: float) -> Timing:
 
 
 def slots_beyond_cache(input_bytes: int, device: torch.device) -> int:
-    """How many inputs of this size must be rotated before the first has left the GPU's second-level cache."""
+    """Return how many inputs of this size to rotate, so that each has left the GPU's second-level cache at its turn."""
     if device.type == "cpu":
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size

@@ -1,9 +1,9 @@
-"""Time, memory and error of the statistics of each token, beside what policy-gradient trainers compute them with.
+"""This suite measures the statistics of each token beside the functions that policy-gradient trainers use for them.
 
 A row is the forward alone, or forward + backward of the mean of -A_t log p_t - 0.01 H_t with an advantage A_t of either
-sign: a policy-gradient loss with an entropy bonus, every token's statistics with an upstream gradient of its own. Of
-logits, `over_floor` is the time over that of a copy of them; of hidden states, over that of the three plain matmuls.
-The errors are against float64 as defined in accuracy.py.
+sign. That is a policy-gradient loss with an entropy bonus, in which every token's statistics have an upstream gradient
+of their own. `over_floor` is the time over that of a copy of the logits or, for hidden states, over that of the three
+plain matmuls. The errors are against float64, as accuracy.py defines them.
 """
 
 from collections.abc import Callable, Iterator
@@ -47,7 +47,7 @@ class Configuration:
     budget: float = 3.0
 
 
-# Of the inputs, and the target, the two statistics of each token.
+# Such a function returns the two statistics of each token, given the inputs and the target.
 Statistics = Callable[..., tuple[Tensor, Tensor]]
 
 
@@ -80,7 +80,7 @@ def clean(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def contenders(c: Configuration) -> dict[str, Statistics]:
-    """By name: of (logits, target), or of (hidden, weight, target)."""
+    """Return the contenders by name: functions of (logits, target) or of (hidden, weight, target)."""
     compiled = torch.compile(clean, dynamic=False)
     found: dict[str, Statistics] = {}
     if c.takes == "logits":
@@ -113,7 +113,7 @@ def missing(device: torch.device) -> dict[str, str]:
 
 
 def names(c: Configuration) -> list[str]:
-    """The floor first."""
+    """Return the names of the calls, the floor first."""
     forward_only = {peer.name for peer in _peers(c) if c.device not in peer.differentiable}
     variants = ("forward", "forward+backward")
     found = [f"{name} | {variant}" for name in contenders(c) for variant in variants[: 1 + (name not in forward_only)]]
@@ -189,7 +189,8 @@ def prepare(c: Configuration) -> Prepared:
 
 
 def _copy(like: Tensor) -> Callable[[Tensor], Tensor]:
-    # On the CPU into memory that is there: there, getting it from the system costs as much as the copy.
+    # On the CPU the copy goes into memory that exists, because getting memory from the system takes as long as the
+    # copy.
     copied = None if like.is_cuda else torch.empty_like(like)
     return lambda logits: logits.clone() if copied is None else copied.copy_(logits)
 

@@ -1,11 +1,12 @@
-"""One optimiser step of one-shot entropy minimisation, from generation to update, with the eager loss and with ours.
+"""This suite measures an optimiser step of one-shot entropy minimisation with the eager loss and with ours.
 
-Each contender's row has the median `seconds` of a step (with `p20` and `p80`) and of its `phases`: generation, shared
-by all contenders of a round; forward, up to the last hidden states; loss, from there on; backward; and optimiser. Ours
-makes most of the gradient in the loss already. `peak_bytes` is what the GPU's allocator held at most; `extra_bytes`, on
-the CPU, what a fresh process held at most beyond the model and the optimiser's state. The loss and its gradients are
-checked against float64 on the hidden states of a micro-batch. A row with `largest_batch` says with how many completions
-a forward and backward pass fit: the GPU's memory, or, on the CPU, `limit_bytes` beyond the same.
+A step goes from generation to update. Each contender's row has the median `seconds` of a step, with the percentiles
+`p20` and `p80`, and of its `phases`: generation, which all contenders of a round share; forward, up to the last hidden
+states; loss, from the last hidden states on; backward; and optimiser. Ours already makes most of the gradient in the
+phase of the loss. `peak_bytes` is the most that the GPU's allocator held. On the CPU, `extra_bytes` is the most that a
+fresh process held beyond the model and the optimiser's state. The loss and its gradients are checked against float64 on
+the hidden states of a micro-batch. A row with `largest_batch` gives the number of completions whose forward and
+backward pass fit into the GPU's memory or, on the CPU, into `limit_bytes` beyond the model and the optimiser's state.
 """
 
 import gc
@@ -32,7 +33,7 @@ from em_kernels import entropy_loss, linear_entropy_loss
 
 _TEMPERATURE = 0.5
 _PHASES = ("generation", "forward", "loss", "backward", "optimiser")
-_PROMPT_TOKENS = 64  # About those of a word problem in a chat template.
+_PROMPT_TOKENS = 64  # The prompt is about as long as a word problem in a chat template.
 _CPU_LIMIT_BYTES = 2 << 30
 
 
@@ -46,7 +47,7 @@ class Configuration:
     new_tokens: int
     checkpointing: bool = False
     rounds: int = 3
-    # The search for the largest batch ends here; 0 leaves it out.
+    # The search for the largest batch ends at this number of completions. 0 leaves the search out.
     most: int = 0
 
 
@@ -64,7 +65,7 @@ def configurations(size: str, device: str) -> Iterator[Configuration]:
             yield Configuration(device, "bfloat16", model, batch, micro_batch, length, large, 2, most * large)
 
 
-# Of hidden states and the output projection, the mean entropy.
+# A loss is the mean entropy as a function of the hidden states and the output projection.
 Loss = Callable[[Tensor, Tensor], Tensor]
 LOSSES: dict[str, Loss] = {
     "eager": lambda hidden, weight: eager((hidden @ weight.T) / _TEMPERATURE),
@@ -91,7 +92,7 @@ class Step:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, fused=True)
 
     def generate(self, seed: int) -> tuple[Any, float]:
-        """Completions, and seconds."""
+        """Return completions, and the seconds that their generation took."""
         from em_kernels.one_shot.rollout import sample
 
         start = self._now()
@@ -108,7 +109,10 @@ class Step:
         return rollout, self._now() - start
 
     def train(self, rollout: Any, loss: Loss) -> dict[str, float]:
-        """Seconds of each phase but generation; a mean over micro-batches of equal size serves for the loss."""
+        """Return the seconds of each phase but generation.
+
+        The loss is a mean over micro-batches, which has the same cost as one over all tokens.
+        """
         from em_kernels.one_shot.objective import set_mode
 
         set_mode(self.model)
@@ -134,7 +138,7 @@ class Step:
         return seconds
 
     def hidden(self, part: Any) -> Tensor:
-        """(tokens, D): what the generated tokens' logits are made of."""
+        """Return the hidden states of shape (tokens, D) from which the logits of the generated tokens are made."""
         from em_kernels.one_shot.objective import completion_hidden
 
         with self.computing():
@@ -146,7 +150,7 @@ class Step:
         return compute_in(self.c.dtype, self.device)
 
     def drawn_rollout(self, batch: int) -> Any:
-        """Random tokens in place of completions: as long as these can be."""
+        """Return random tokens in place of completions, each of the greatest length."""
         from em_kernels.one_shot.rollout import Rollout
 
         length = _PROMPT_TOKENS + self.c.new_tokens
@@ -173,7 +177,7 @@ class Step:
 
 
 def _model(name: str, device: torch.device) -> tuple[Any, Any, str]:
-    """The model, its tokenizer, and whether its weights are "trained" or "random"."""
+    """Return the model, its tokenizer, and whether its weights are "trained" or "random"."""
     from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
     from em_kernels.one_shot.config import UsageError
@@ -182,7 +186,7 @@ def _model(name: str, device: torch.device) -> tuple[Any, Any, str]:
     if name == "SmolLM2-135M":
         try:
             return *load_model(None), "trained"
-        except UsageError:  # Its package is not there: the same shape takes the same time.
+        except UsageError:  # The model's package may be absent. A random model of the same shape takes the same time.
             pass
     shapes = {
         "tiny": LlamaConfig(
@@ -203,7 +207,7 @@ def _model(name: str, device: torch.device) -> tuple[Any, Any, str]:
             max_position_embeddings=8192,
             tie_word_embeddings=True,
         ),
-        # Qwen2.5-1.5B's.
+        # This is the shape of Qwen2.5-1.5B.
         "random 1.5B": Qwen2Config(
             vocab_size=151936,
             hidden_size=1536,
@@ -215,10 +219,11 @@ def _model(name: str, device: torch.device) -> tuple[Any, Any, str]:
         ),
     }
     torch.manual_seed(SEED)
-    shapes[name].eos_token_id = None  # Every completion has full length.
-    with device:  # Drawn there: on the CPU it takes longer than a step.
+    shapes[name].eos_token_id = None  # Without an end token every completion has full length.
+    # The weights are drawn on the device, because drawing them on the CPU takes longer than a step.
+    with device:
         model = AutoModelForCausalLM.from_config(shapes[name], dtype=torch.float32)
-    # Nothing is read or written as text.
+    # No text is read or written, so that the tokenizer needs nothing but its special tokens.
     return model, SimpleNamespace(pad_token_id=0, eos_token_id=None), "random"
 
 
@@ -231,7 +236,7 @@ def names(c: Configuration) -> list[str]:
 
 
 def prepare(c: Configuration) -> Prepared:
-    """Of a step but for its generation."""
+    """Prepare a step without its generation."""
     step = Step(c)
     rollout, _ = step.generate(seed=SEED)
     errors = Errors(step, next(rollout.micro_batches(c.micro_batch)))
@@ -245,7 +250,7 @@ def rows(c: Configuration) -> Iterator[dict[str, Any]]:
     failed: dict[str, Exception] = {}
     peaks: dict[str, int] = {}
     tokens = 0
-    for i in range(1 + c.rounds):  # The first warms up.
+    for i in range(1 + c.rounds):  # The first round warms up.
         rollout, generation = step.generate(seed=SEED + i)
         tokens = int(rollout.completion_mask.sum())
         for name in list(LOSSES) if i % 2 else reversed(list(LOSSES)):
@@ -299,7 +304,7 @@ def _common(c: Configuration) -> dict[str, Any]:
 
 
 class Errors:
-    """Of each loss and its gradients on the hidden states of a micro-batch as they are."""
+    """The errors of each loss and its gradients on the hidden states of a micro-batch."""
 
     def __init__(self, step: Step, part: Any) -> None:
         with torch.no_grad():
@@ -327,7 +332,10 @@ def _largest_batches(c: Configuration, step: Step, common: dict[str, Any]) -> It
 
 
 def _largest(fits: Callable[[int], bool], most: int) -> tuple[int, bool]:
-    """The largest batch, to an eighth, that fits, 0 if none does; and whether the search ended before one did not."""
+    """Return the largest batch that fits, to an eighth, and whether the search ended before a batch did not fit.
+
+    The largest batch is 0 where not even one completion fits.
+    """
     lower, upper = 0, 1
     while upper <= most and fits(upper):
         lower, upper = upper, 2 * upper
@@ -364,7 +372,8 @@ def _in_fresh_process(c: Configuration, name: str, batch: int) -> Callable[[], A
 
     def call() -> None:
         step.train(rollout, LOSSES[name])
-        step.optimizer.zero_grad()  # What is there before a step holds no gradients, what is there at most does.
+        # The memory before a step must not contain gradients, and the peak must.
+        step.optimizer.zero_grad()
 
     return call
 

@@ -1,8 +1,8 @@
-"""The Triton kernels' time at every tile (threads x unroll), "ours" being the one the table chooses.
+"""This suite measures the Triton kernels at every tile (threads x unroll); "ours" is the tile that the table chooses.
 
-Kernels: "fused" (loss and gradient, a program a row), and those that stream: "split" (the same for a few long rows),
-"statistics", "gradient" (of these), "scale". Each result is checked.
-On the CPU, which shows only that it works, it needs TRITON_INTERPRET=1.
+The kernel "fused" makes loss and gradient with a program for each row. The others stream: "split" does the same for a
+few long rows, "statistics" and "gradient" do it in two passes, and "scale" multiplies a gradient. Each result is
+checked. On the CPU, where the suite only shows that it works, it needs TRITON_INTERPRET=1.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,14 +23,14 @@ from em_kernels.ops import backends
 _LOGITS_BYTES = 512 << 20
 _VOCABS = (2048, 8192, 32000, 49152, 128256, 151936, 262144)
 _SPLIT_VOCAB = 262144
-# Within one unit in the last place (bfloat16, float16) or 2e-6 of the row's largest entry, with what the float64 value
-# loses on the way to the dtype.
+# A gradient must be within one unit in the last place (bfloat16, float16) or 2e-6 of the row's largest entry (float32),
+# plus what the float64 value loses on the way to the dtype.
 _GRADIENT_TOLERANCE = {torch.bfloat16: 2**-7, torch.float16: 2**-9, torch.float32: 4e-6}
 _LOSS_TOLERANCE = 2e-6
 
 
 class Kernel(NamedTuple):
-    """`run(logits)` writes into `out` and returns the loss, or None where there is none to check."""
+    """A kernel whose `run(logits)` writes into `out` and returns the loss, or None where there is none to check."""
 
     run: Callable[[Tensor], Tensor | None]
     gradient_weights: Tensor | None
@@ -39,13 +39,13 @@ class Kernel(NamedTuple):
 
 
 def kernels(logits: Tensor, out: Tensor, names: tuple[str, ...]) -> dict[str, Kernel]:
-    """The kernels at these logits of shape (1, rows, V)."""
+    """Return the kernels of these names, for logits of shape (1, rows, V)."""
     from em_kernels.ops import triton_entropy
 
     rows = logits.shape[1]
     ones = torch.ones(rows, device=logits.device)
     saved = triton_entropy.row_statistics(logits, None, None, 1.0, None, False)[-1]
-    # Negated again and again the gradient neither grows nor vanishes.
+    # The factor is -1, because a gradient that is negated again and again neither grows nor vanishes.
     factor = torch.full((), -1.0, device=logits.device)
     empty = logits.new_empty(0, dtype=torch.float32)
 
@@ -129,7 +129,7 @@ def rows(c: Configuration) -> Iterator[dict[str, Any]]:
     out = torch.ones_like(logits)
     slots = [logits.clone() for _ in range(slots_beyond_cache(logits.nbytes, device))]
     kernel = kernels(logits, out, (c.kernel,))[c.kernel]
-    # What the kernel left in `out` when it was prepared is overwritten, or, by "scale", negated.
+    # Every kernel overwrites `out`, except for "scale", which negates what it finds there.
     out.fill_(1)
     table = triton_entropy._streamed_tile(logits) if kernel.streamed else None
     current = tuple(table or triton_entropy._resident_row(c.vocab * dtype.itemsize, dtype.itemsize))
@@ -153,7 +153,7 @@ def rows(c: Configuration) -> Iterator[dict[str, Any]]:
             raise ArithmeticError("the scaled entries are not all +1 or -1")
 
     every = sorted(tiles | {current})
-    # By the name that its rows have: a failure of the table's own choice is one of ours.
+    # The names are those of the rows, in which a failure of the table's own choice counts as one of ours.
     names = {tile: f"{'ours' if tile == current else 'another tile'} | {tile[0]} x {tile[1]}" for tile in every}
     calls = {name: Call(partial(run, tile)) for tile, name in names.items()}
     timings = timed("tune_tiles", calls, device, slots=len(slots), budget=c.budget, check=check)

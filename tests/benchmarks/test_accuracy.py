@@ -1,4 +1,4 @@
-"""The operands that are drawn are as peaked as they are said to be."""
+"""These tests check that drawn operands are as peaked as their documentation says."""
 
 import sys
 from pathlib import Path
@@ -29,7 +29,7 @@ def test_drawn_operands_are_about_as_peaked_as_a_models(dtype):
     reference = LinearReference(operands, draw_linear_targets(operands, 0.5), 0.5)
     assert reference.loss("entropy").item() == pytest.approx(0.4, abs=0.15)
     assert 0.85 < reference.sparsity["rows_kept"] < 1
-    # Of a smaller vocabulary the same number of columns is a larger share.
+    # The same number of columns is a larger share of a smaller vocabulary.
     assert 0.02 < reference.sparsity["columns_kept"] < 0.3
 
 

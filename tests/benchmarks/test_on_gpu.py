@@ -1,4 +1,4 @@
-"""The benchmarks on tiny sizes, as they run on a GPU machine, line by line, on whatever is here."""
+"""These tests run every line of benchmarks/on_gpu.sh on tiny sizes and on whatever device is here."""
 
 import json
 import os
@@ -17,7 +17,7 @@ ENVIRONMENT = {**os.environ, "EM_SIZE": "tiny", "EM_DEVICE": "cpu", "PYTHON": sy
 
 
 def write_wheel(folder):
-    """Of a package by the name of a peer, of a version that there is not."""
+    """Write a wheel that has the name of a peer's package and a version that was never published."""
     with zipfile.ZipFile(folder / "quack_kernels-0.0.1-py3-none-any.whl", "w") as wheel:
         about = "quack_kernels-0.0.1.dist-info"
         wheel.writestr(f"{about}/METADATA", "Metadata-Version: 2.1\nName: quack-kernels\nVersion: 0.0.1\n")
@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
     write_wheel(wheels)
     done = subprocess.run(
         [SCRIPT, folder],
-        # The tests are named, not run: they are run by who runs this one.
+        # The steps with tests only collect them, because the suite that contains this test runs them anyway.
         env={**ENVIRONMENT, "EM_WHEELS": str(wheels), "PYTEST_ADDOPTS": "--collect-only"},
         timeout=1800,
     )
@@ -114,7 +114,8 @@ def test_entropy_loss_measures_and_checks_every_contender(folder):
     assert peaked["copy", "copy"]["over_floor"] == 1
     for (name, variant), row in peaked.items():
         assert row["p20"] <= row["seconds"] <= row["p80"]
-        # Roundings of float32: wrong weights, a wrong divisor or a wrong sign would be of order 1.
+        # These bounds allow the roundings of float32. Wrong weights, a wrong divisor or a wrong sign would be of order
+        # 1.
         assert row["loss_error"] < 1e-5
         assert row["gradient_error"] is None or row["gradient_error"] < (1e-5 if name.startswith("ours") else 1e-2)
         assert (row["gradient_error"] is None) == (name == "copy" or variant == "forward")

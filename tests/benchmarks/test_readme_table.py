@@ -1,4 +1,4 @@
-"""What benchmarks/report.py writes into README.md and docs/benchmarks.md from stored rows."""
+"""These tests check what benchmarks/report.py writes into README.md and docs/benchmarks.md from stored rows."""
 
 import json
 import subprocess
@@ -87,7 +87,7 @@ def report(tmp_path):
 
 
 def report_from(results, folder, readme, docs):
-    """Runs report.py on README.md and docs/benchmarks.md in `folder`, which hold these texts before."""
+    """Run report.py on README.md and docs/benchmarks.md in `folder`, which hold these texts before."""
     (folder / "docs").mkdir()
     (folder / "README.md").write_text(readme)
     (folder / "docs" / "benchmarks.md").write_text(docs)
@@ -98,7 +98,7 @@ def report_from(results, folder, readme, docs):
 
 @pytest.fixture
 def written(report, tmp_path):
-    """The README and the documentation that come of some rows."""
+    """Return a function that gives the README and the documentation written from some rows."""
 
     def run(rows):
         done = report(rows)
@@ -207,7 +207,7 @@ def test_the_other_suites_have_a_table_each(written):
 
 
 def test_the_readme_gives_the_range_over_all_shapes(written):
-    """The least and the greatest of every shape, the flat logits and the other dtype included."""
+    """The ranges contain the least and the greatest of every shape, the flat logits and the other dtype included."""
     gradient = 512 * 49152 * 4
     rows = [
         row("eager", "forward+backward", 400, extra_bytes=5 * gradient),

@@ -1,4 +1,4 @@
-"""Running suites: wrong arguments, peers that cannot be imported, contenders that fail or break the GPU."""
+"""These tests run suites with wrong arguments, broken peers, and contenders that fail or break the GPU."""
 
 import json
 import os
@@ -87,7 +87,8 @@ def test_a_peer_that_cannot_run_is_listed_with_the_reason(monkeypatch, peer, why
     assert why in missing["a"]
 
 
-# A suite whose contenders are called "fine", "ours" and "bad"; what the bad one does is put in its place.
+# The contenders of this suite are called "fine", "ours" and "bad". Each test puts its own code in place of BAD, OURS
+# and FIRST.
 SUITE = '''
 """A suite of a test."""
 import dataclasses, sys, torch, suite, timing
@@ -146,7 +147,7 @@ def test_a_failing_peer_is_a_row_and_a_failing_contender_of_ours_the_exit_status
 
 @pytest.mark.slow
 def test_after_a_contender_that_leaves_the_gpu_unusable_a_new_process_goes_on_without_it(tmp_path):
-    # What `measure` raises in that case, once: the process that goes on has been told.
+    # This is the error that `measure` raises in that case. It is raised once: the process that continues knows of it.
     unusable = "raise timing.Unusable('bad', RuntimeError('illegal memory access'))"
     done, rows = run_made_up(tmp_path, first=f"if 'bad' not in suite._continued('made_up')['without']: {unusable}")
     assert done.returncode == 0, done.stderr
@@ -171,7 +172,7 @@ def test_pytest_runs_the_same_cases_and_fails_on_a_slowdown_only_when_asked_to(t
     def run(*options):
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", BENCHMARKS, "--size", "tiny"]
         command += ["--suite", "token_stats", "--device", "cpu", "-k", "eager or ours"]
-        # pytest-benchmark takes no times where it finds itself in one of several workers.
+        # pytest-benchmark takes no times in a process that is one of several workers.
         environment = {key: value for key, value in ENVIRONMENT.items() if not key.startswith("PYTEST_")}
         return subprocess.run([*command, *options], cwd=tmp_path, env=environment, capture_output=True, text=True)
 

@@ -1,4 +1,4 @@
-"""Contenders take turns, one that fails leaves the others alone."""
+"""These tests check that contenders take turns, and that one that fails leaves the others alone."""
 
 import sys
 from pathlib import Path
