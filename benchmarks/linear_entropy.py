@@ -39,7 +39,8 @@ from timing import Call, slots_beyond_cache
 from torch import Tensor
 
 from em_kernels import entropy_loss, linear_entropy_loss
-from em_kernels.one_shot.config import DEFAULT_PROMPT, UsageError
+from em_kernels.one_shot.config import DEFAULT_PROMPT
+from em_kernels.one_shot.errors import UsageError
 
 TEMPERATURE = 0.5
 # The tolerances on both sides of TOLERANCE show how time depends on it.

@@ -180,7 +180,7 @@ def _model(name: str, device: torch.device) -> tuple[Any, Any, str]:
     """Return the model, its tokenizer, and whether its weights are "trained" or "random"."""
     from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
-    from em_kernels.one_shot.config import UsageError
+    from em_kernels.one_shot.errors import UsageError
     from em_kernels.one_shot.model import load_model
 
     if name == "SmolLM2-135M":

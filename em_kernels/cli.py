@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from em_kernels.one_shot.config import DTYPES, LOSSES, PRESETS, TRACKERS, UsageError
+from em_kernels.one_shot.config import DTYPES, LOSSES, PRESETS, TRACKERS
+from em_kernels.one_shot.errors import UsageError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

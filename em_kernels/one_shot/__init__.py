@@ -10,6 +10,7 @@ is worth), `report` and `files` (what it leaves behind). Needs the optional depe
     train(PRESETS["demo"], "runs/demo")
 """
 
-from em_kernels.one_shot.config import DEFAULT_PROMPT, PRESETS, TrainConfig, UsageError
+from em_kernels.one_shot.config import DEFAULT_PROMPT, PRESETS, TrainConfig
+from em_kernels.one_shot.errors import UsageError
 
 __all__ = ["DEFAULT_PROMPT", "PRESETS", "TrainConfig", "UsageError"]

@@ -5,6 +5,8 @@ import importlib.util
 import math
 from dataclasses import dataclass
 
+from em_kernels.one_shot.errors import UsageError
+
 DTYPES = ("float32", "bfloat16")
 LOSSES = ("linear", "logits")
 TRACKERS = ("none", "tensorboard", "wandb")
@@ -13,10 +15,6 @@ DEFAULT_PROMPT = (
     "A bakery bakes 7 trays of rolls with 8 rolls on each tray. It sells 29 rolls in the morning and 13 rolls in the "
     "afternoon. How many rolls does it have at the end of the day?"
 )
-
-
-class UsageError(ValueError):
-    """A mistake or a limit of the surroundings that the user can do something about; its message says what."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from em_kernels.one_shot.config import UsageError
+from em_kernels.one_shot.errors import UsageError
 
 _INSTEAD = "--loss logits works with any model"
 

@@ -13,7 +13,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from em_kernels.one_shot.config import UsageError
+from em_kernels.one_shot.errors import UsageError
 from em_kernels.one_shot.files import failing_as_os_error, whole_or_absent
 
 BUILT_IN = "SmolLM2-135M-Instruct"

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from em_kernels import entropy_loss, linear_entropy_loss, linear_token_stats, token_entropy
-from em_kernels.one_shot.config import UsageError
+from em_kernels.one_shot.errors import UsageError
 from em_kernels.one_shot.head import OutputHead
 from em_kernels.one_shot.model import compute_in
 from em_kernels.one_shot.rollout import Rollout

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from em_kernels.one_shot.config import UsageError
+from em_kernels.one_shot.errors import UsageError
 
 # The field that holds the question in the published problem sets, first one found.
 _QUESTION_FIELDS = ("prompt", "problem", "question", "input")

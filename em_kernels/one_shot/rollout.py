@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from em_kernels.one_shot.config import UsageError
+from em_kernels.one_shot.errors import UsageError
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from em_kernels.one_shot.config import TrainConfig, UsageError
+from em_kernels.one_shot.config import TrainConfig
+from em_kernels.one_shot.errors import UsageError
 from em_kernels.one_shot.files import failing_as_os_error, remove_unfinished, whole_or_absent, write_text
 from em_kernels.one_shot.model import save_model
 

@@ -17,7 +17,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 import em_kernels
-from em_kernels.one_shot.config import TrainConfig, UsageError
+from em_kernels.one_shot.config import TrainConfig
+from em_kernels.one_shot.errors import UsageError
 from em_kernels.one_shot.evaluation import Evaluation, evaluate
 from em_kernels.one_shot.head import OutputHead, find_head
 from em_kernels.one_shot.model import BUILT_IN, checkpoint_activations, compute_in, load_model

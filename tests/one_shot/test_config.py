@@ -2,7 +2,8 @@ import dataclasses
 
 import pytest
 
-from em_kernels.one_shot.config import DEFAULT_PROMPT, PRESETS, TrainConfig, UsageError
+from em_kernels.one_shot.config import DEFAULT_PROMPT, PRESETS, TrainConfig
+from em_kernels.one_shot.errors import UsageError
 
 
 def test_paper_preset_is_the_published_setting() -> None:

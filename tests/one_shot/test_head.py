@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from em_kernels import entropy_loss, linear_entropy_loss
-from em_kernels.one_shot.config import UsageError
+from em_kernels.one_shot.errors import UsageError
 from em_kernels.one_shot.head import find_head
 from em_kernels.one_shot.objective import completion_hidden, completion_logits
 from em_kernels.one_shot.rollout import Rollout

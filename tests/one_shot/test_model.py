@@ -8,7 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from em_kernels.one_shot import model as model_module
-from em_kernels.one_shot.config import TrainConfig, UsageError
+from em_kernels.one_shot.config import TrainConfig
+from em_kernels.one_shot.errors import UsageError
 from em_kernels.one_shot.model import built_in_model, load_model
 from em_kernels.one_shot.prompts import encode_chats
 from em_kernels.one_shot.rollout import sample

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from em_kernels.one_shot import objective
-from em_kernels.one_shot.config import LOSSES, UsageError
+from em_kernels.one_shot.config import LOSSES
+from em_kernels.one_shot.errors import UsageError
 from em_kernels.one_shot.head import find_head
 from em_kernels.one_shot.model import checkpoint_activations
 from em_kernels.one_shot.objective import accumulate_gradient, completion_logits

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from em_kernels.one_shot.config import UsageError
+from em_kernels.one_shot.errors import UsageError
 from em_kernels.one_shot.prompts import encode_chats, read_prompts
 
 

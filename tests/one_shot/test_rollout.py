@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from em_kernels.one_shot.config import UsageError
+from em_kernels.one_shot.errors import UsageError
 from em_kernels.one_shot.prompts import encode_chats
 from em_kernels.one_shot.rollout import Rollout, derive_seed, generated_tokens, sample
 

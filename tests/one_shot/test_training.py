@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from em_kernels.one_shot import training
-from em_kernels.one_shot.config import TrainConfig, UsageError
+from em_kernels.one_shot.config import TrainConfig
+from em_kernels.one_shot.errors import UsageError
 from em_kernels.one_shot.model import load_model
 from em_kernels.one_shot.run_folder import RunFolder, default_run_folder
 from em_kernels.one_shot.training import train
