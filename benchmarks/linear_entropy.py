@@ -113,19 +113,17 @@ def configurations(size: str, device: str) -> Iterator[Configuration]:
 
 def completions_of_the_model(tokens: int) -> Operands:
     """Return the hidden states before the tokens of the built-in model's own completions, and its output projection."""
-    from em_kernels.one_shot.head import find_head
-    from em_kernels.one_shot.model import load_model
-    from em_kernels.one_shot.objective import completion_hidden
-    from em_kernels.one_shot.prompts import encode_chats
-    from em_kernels.one_shot.rollout import sample
+    from em_kernels.one_shot.policy import Policy
+    from em_kernels.one_shot.policy.chat import encode_chats
+    from em_kernels.one_shot.policy.head import find_head
+    from em_kernels.one_shot.policy.model import load_model
 
     model, tokenizer = load_model(None)
     head = find_head(model)
+    policy = Policy(model, tokenizer, head)
     batch, length = 32, -(-tokens // 32) + 8
     chats = encode_chats(tokenizer, [DEFAULT_PROMPT] * batch)
-    rollout = sample(
-        model,
-        tokenizer,
+    rollout = policy.sample(
         chats,
         temperature=TEMPERATURE,
         max_new_tokens=length,
@@ -135,7 +133,7 @@ def completions_of_the_model(tokens: int) -> Operands:
     )
     with torch.no_grad():
         parts = rollout.micro_batches(8)
-        hidden = torch.cat([completion_hidden(model, part, head)[part.completion_mask] for part in parts])
+        hidden = torch.cat([policy.completion_hidden(part)[part.completion_mask] for part in parts])
     if len(hidden) < tokens:
         raise RuntimeError(f"the completions have {len(hidden)} tokens, {tokens} are wanted")
     # The tokens are taken from all completions, long and short.

@@ -80,25 +80,25 @@ class Step:
     """A model, its optimiser, and one step of training in parts that are timed."""
 
     def __init__(self, c: Configuration) -> None:
-        from em_kernels.one_shot.head import find_head
-        from em_kernels.one_shot.model import checkpoint_activations
+        from em_kernels.one_shot.policy import Policy
+        from em_kernels.one_shot.policy.head import find_head
+        from em_kernels.one_shot.policy.model import checkpoint_activations
 
         self.c, self.device = c, torch.device(c.device)
         self.model, self.tokenizer, self.weights = _model(c.model, self.device)
         self.model.to(self.device)
         self.head = find_head(self.model)
+        self.policy = Policy(self.model, self.tokenizer, self.head, c.dtype)
         if c.checkpointing:
             checkpoint_activations(self.model)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, fused=True)
 
     def generate(self, seed: int) -> tuple[Any, float]:
         """Return completions, and the seconds that their generation took."""
-        from em_kernels.one_shot.rollout import sample
+        from em_kernels.one_shot.policy import Policy
 
         start = self._now()
-        rollout = sample(
-            self.model,
-            self.tokenizer,
+        rollout = Policy(self.model, self.tokenizer).sample(
             self._chats(),
             temperature=_TEMPERATURE,
             max_new_tokens=self.c.new_tokens,
@@ -113,9 +113,9 @@ class Step:
 
         The loss is a mean over micro-batches, which has the same cost as one over all tokens.
         """
-        from em_kernels.one_shot.objective import set_mode
+        from em_kernels.one_shot.policy.scoring import set_scoring_mode
 
-        set_mode(self.model)
+        set_scoring_mode(self.model)
         seconds = dict.fromkeys(_PHASES[1:], 0.0)
         parts = list(rollout.micro_batches(self.c.micro_batch))
         self.optimizer.zero_grad()
@@ -139,19 +139,14 @@ class Step:
 
     def hidden(self, part: Any) -> Tensor:
         """Return the hidden states of shape (tokens, D) from which the logits of the generated tokens are made."""
-        from em_kernels.one_shot.objective import completion_hidden
-
-        with self.computing():
-            return completion_hidden(self.model, part, self.head)[part.completion_mask]
+        return self.policy.completion_hidden(part)[part.completion_mask]
 
     def computing(self) -> Any:
-        from em_kernels.one_shot.model import compute_in
-
-        return compute_in(self.c.dtype, self.device)
+        return self.policy.computing()
 
     def drawn_rollout(self, batch: int) -> Any:
         """Return random tokens in place of completions, each of the greatest length."""
-        from em_kernels.one_shot.rollout import Rollout
+        from em_kernels.one_shot.policy.rollout import Rollout
 
         length = _PROMPT_TOKENS + self.c.new_tokens
         generator = torch.Generator().manual_seed(SEED)
@@ -164,7 +159,7 @@ class Step:
 
     def _chats(self) -> dict[str, Tensor]:
         from em_kernels.one_shot.config import DEFAULT_PROMPT
-        from em_kernels.one_shot.prompts import encode_chats
+        from em_kernels.one_shot.policy.chat import encode_chats
 
         if self.weights == "random":
             ids = torch.arange(1, 1 + min(_PROMPT_TOKENS, self.head.module.out_features - 1)).expand(self.c.batch, -1)
@@ -181,7 +176,7 @@ def _model(name: str, device: torch.device) -> tuple[Any, Any, str]:
     from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
     from em_kernels.one_shot.errors import UsageError
-    from em_kernels.one_shot.model import load_model
+    from em_kernels.one_shot.policy.model import load_model
 
     if name == "SmolLM2-135M":
         try:

@@ -1,29 +1,31 @@
-"""What a model is worth: its accuracy on word problems, and what it writes to the training prompts."""
+"""The evaluation of a policy: accuracy on word problems, and a few completions of the training prompts."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from math_verify import parse, verify
 
 from em_kernels import token_entropy
-from em_kernels.one_shot.config import TrainConfig
-from em_kernels.one_shot.model import compute_in
-from em_kernels.one_shot.objective import completion_logits
+from em_kernels.one_shot.policy import Policy
+from em_kernels.one_shot.policy.chat import encode_chats
+from em_kernels.one_shot.policy.sampling import derive_seed
 from em_kernels.one_shot.problems import Problem, make_problems
-from em_kernels.one_shot.prompts import encode_chats
-from em_kernels.one_shot.rollout import Rollout, derive_seed, sample
 
-# Two cores decode 126 tokens a second of 16 completions of the built-in model at once, 160 of 32.
+# With the built-in model, two cores decode 160 tokens a second at 32 completions at once, and 126 at 16.
 _PROBLEMS_AT_ONCE = 32
 _COMPLETIONS_SHOWN = 3
-# Seeds of the evaluation must not be those of a training step, which are derived from (seed, step, rank).
+# No seed of the evaluation may equal that of a training step, which is derived from (seed, step, rank).
 _EVALUATION_STREAM = 2**31
 
 
 @dataclass(frozen=True)
 class Accuracy:
+    """The number of correct answers; `mean` is their share, and `standard_error` the standard error of that share."""
+
     correct: int
     total: int
 
@@ -41,7 +43,14 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Completion:
-    """A completion of a training prompt, token by token, with the entropy at temperature 1 each was drawn with."""
+    """A completion of a training prompt, token by token.
+
+    Attributes:
+        prompt: the training prompt.
+        text: the completion without special tokens.
+        tokens: the text of each token, special tokens included.
+        entropy: for each token, the entropy at temperature 1 of the distribution before it, in nats.
+    """
 
     prompt: str
     text: str
@@ -51,7 +60,13 @@ class Completion:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`greedy` and `sampled` (at temperature 1) are None where no problems were asked for."""
+    """The results of one evaluation.
+
+    Attributes:
+        greedy: the accuracy of the most likely tokens; None where the evaluation had no problems.
+        sampled: the accuracy at temperature 1; None where the evaluation had no problems.
+        completions: sampled completions of training prompts.
+    """
 
     greedy: Accuracy | None
     sampled: Accuracy | None
@@ -69,40 +84,56 @@ class Evaluation:
         )
 
 
-def evaluate(accelerator: Any, model: Any, tokenizer: Any, config: TrainConfig, *, when: str) -> Evaluation:
+def evaluate(
+    accelerator: Accelerator,
+    policy: Policy,
+    prompts: Sequence[str],
+    *,
+    size: int,
+    temperature: float,
+    max_new_tokens: int,
+    seed: int,
+    when: str,
+) -> Evaluation:
     """Measures accuracy on seeded problems, shared out among the processes, and samples a few completions.
 
     Args:
         accelerator: the run's Accelerator.
-        model: the unwrapped model.
-        tokenizer: the model's.
-        config: seed, evaluation_size, temperature, max_new_tokens and dtype are read.
+        policy: the policy to evaluate.
+        prompts: the training prompts. A few of them are completed, and no problem equals one of them but for numbers.
+        size: the number of problems; 0 measures no accuracy.
+        temperature: the temperature of the completions of the training prompts.
+        max_new_tokens: the longest completion, in tokens.
+        seed: the seed of the problems and of sampling.
         when: "before" or "after", for the progress bar.
     """
     greedy = sampled = None
-    if config.evaluation_size:
-        problems = make_problems(config.evaluation_size, seed=config.seed, exclude=config.prompts)
-        greedy = _accuracy(accelerator, model, tokenizer, problems, config, None, f"{when}: greedy")
-        sampled = _accuracy(accelerator, model, tokenizer, problems, config, 1.0, f"{when}: temperature 1")
+    if size:
+        problems = make_problems(size, seed=seed, exclude=prompts)
+        limits = {"max_new_tokens": max_new_tokens, "seed": seed}
+        greedy = _accuracy(accelerator, policy, problems, None, **limits, description=f"{when}: greedy")
+        sampled = _accuracy(accelerator, policy, problems, 1.0, **limits, description=f"{when}: temperature 1")
     completions = []
     if accelerator.is_main_process:
-        completions = _observe(model, tokenizer, config, description=f"{when}: completions")
+        shown = [prompts[i % len(prompts)] for i in range(_COMPLETIONS_SHOWN)]
+        completions = _observe(policy, shown, temperature, max_new_tokens, seed, f"{when}: completions")
     accelerator.wait_for_everyone()
     return Evaluation(greedy, sampled, completions)
 
 
 def is_correct(text: str, answer: int) -> bool:
-    """Whether math-verify reads the answer from the text."""
+    """Whether the answer that math-verify reads from the text is the right one."""
     return verify(parse(str(answer)), parse(text))
 
 
 def _accuracy(
-    accelerator: Any,
-    model: Any,
-    tokenizer: Any,
+    accelerator: Accelerator,
+    policy: Policy,
     problems: list[Problem],
-    config: TrainConfig,
     temperature: float | None,
+    *,
+    max_new_tokens: int,
+    seed: int,
     description: str,
 ) -> Accuracy:
     rank, processes = accelerator.process_index, accelerator.num_processes
@@ -110,54 +141,41 @@ def _accuracy(
     correct = 0
     for start in range(0, len(own), _PROBLEMS_AT_ONCE):
         batch = own[start : start + _PROBLEMS_AT_ONCE]
-        with compute_in(config.dtype, model.device):
-            rollout = sample(
-                model,
-                tokenizer,
-                encode_chats(tokenizer, [problem.question for problem in batch]),
-                temperature=temperature,
-                max_new_tokens=config.max_new_tokens,
-                seed=derive_seed(config.seed, _EVALUATION_STREAM + start, rank),
-                description=f"{description}, problems {start + 1}-{start + len(batch)} of {len(own)}",
-                show_progress=accelerator.is_main_process,
-            )
-        correct += sum(map(is_correct, _texts(tokenizer, rollout), [problem.answer for problem in batch]))
+        rollout = policy.sample(
+            encode_chats(policy.tokenizer, [problem.question for problem in batch]),
+            temperature=temperature,
+            max_new_tokens=max_new_tokens,
+            seed=derive_seed(seed, _EVALUATION_STREAM + start, rank),
+            description=f"{description}, problems {start + 1}-{start + len(batch)} of {len(own)}",
+            show_progress=accelerator.is_main_process,
+        )
+        correct += sum(map(is_correct, policy.texts(rollout), [problem.answer for problem in batch]))
     total = accelerator.reduce(torch.tensor(correct, device=accelerator.device), "sum")
     return Accuracy(int(total), len(problems))
 
 
 @torch.no_grad()
-def _observe(model: Any, tokenizer: Any, config: TrainConfig, *, description: str) -> list[Completion]:
-    prompts = [config.prompts[i % len(config.prompts)] for i in range(_COMPLETIONS_SHOWN)]
-    with compute_in(config.dtype, model.device):
-        rollout = sample(
-            model,
-            tokenizer,
-            encode_chats(tokenizer, prompts),
-            temperature=config.temperature,
-            max_new_tokens=config.max_new_tokens,
-            seed=derive_seed(config.seed, _EVALUATION_STREAM),
-            description=description,
-        )
-        logits = completion_logits(model, rollout)
-    entropy = token_entropy(logits, mask=rollout.completion_mask)
+def _observe(
+    policy: Policy, prompts: list[str], temperature: float, max_new_tokens: int, seed: int, description: str
+) -> list[Completion]:
+    """A completion of each prompt, with the entropy of its tokens."""
+    rollout = policy.sample(
+        encode_chats(policy.tokenizer, prompts),
+        temperature=temperature,
+        max_new_tokens=max_new_tokens,
+        seed=derive_seed(seed, _EVALUATION_STREAM),
+        description=description,
+    )
+    entropy = token_entropy(policy.completion_logits(rollout), mask=rollout.completion_mask)
+    completions = zip(
+        prompts, policy.texts(rollout), rollout.completion_ids(), entropy, rollout.completion_mask, strict=True
+    )
     return [
         Completion(
             prompt,
             text,
-            [tokenizer.decode([token]) for token in ids.tolist()],
+            [policy.tokenizer.decode([token]) for token in ids.tolist()],
             [round(h, 6) for h in row[mask].tolist()],
         )
-        for prompt, text, ids, row, mask in zip(
-            prompts,
-            _texts(tokenizer, rollout),
-            rollout.completion_ids(),
-            entropy,
-            rollout.completion_mask,
-            strict=True,
-        )
+        for prompt, text, ids, row, mask in completions
     ]
-
-
-def _texts(tokenizer: Any, rollout: Rollout) -> list[str]:
-    return tokenizer.batch_decode(rollout.completion_ids(), skip_special_tokens=True)

@@ -1,4 +1,4 @@
-"""What a run says and shows: a line per step, the completions as text, and one picture."""
+"""The output of a run that a person reads: a line per step, the completions as text, and one picture."""
 
 import warnings
 from collections.abc import Sequence
@@ -16,14 +16,14 @@ from matplotlib.ticker import MaxNLocator
 
 from em_kernels.one_shot.evaluation import Completion, Evaluation
 from em_kernels.one_shot.files import whole_or_absent, write_text
-from em_kernels.one_shot.objective import DECIDED
+from em_kernels.one_shot.metrics import DECIDED
 
-# From this share of decided tokens on, a step has next to nothing left to lower.
+# With at least this share of decided tokens, a step has next to no entropy left to lower.
 _COLLAPSED = 0.9
 
 _COLUMNS, _ROWS = 74, 15
 _COLOURS = matplotlib.colormaps["YlOrRd"]
-# Entropies above it share the deepest colour: two nats are a choice among e^2 = 7 equally likely words.
+# Entropies above this one share the deepest colour: two nats are a choice among e^2 = 7 equally likely words.
 _DEEPEST = 2.0
 
 
@@ -45,7 +45,7 @@ def accuracy_line(when: str, evaluation: Evaluation) -> str:
 
 
 def collapse_line(metrics: dict[str, Any]) -> str | None:
-    """Says so if the last step found the entropy gone, otherwise None."""
+    """A line about the collapse of the entropy if the metrics of the last step show one, otherwise None."""
     if metrics["decided"] < _COLLAPSED:
         return None
     return (
@@ -70,7 +70,7 @@ def write_completions(target: Path, before: Evaluation, after: Evaluation) -> No
 def draw_report(
     target: Path, metrics: Sequence[dict[str, Any]], before: Evaluation, after: Evaluation, *, temperature: float
 ) -> None:
-    """A PNG: on the left the loss by step, on the right completions before and after, coloured by entropy."""
+    """Draws a PNG: on the left the loss by step, on the right completions before and after, coloured by entropy."""
     figure = Figure(figsize=(13, 6), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes: dict[str, Axes] = figure.subplot_mosaic([["loss", "before"], ["decided", "after"]], width_ratios=(5, 8))
@@ -82,7 +82,7 @@ def draw_report(
     bar.set_label("entropy of the token at temperature 1 (nats)")
     bar.outline.set_visible(False)
     with warnings.catch_warnings(), whole_or_absent(target) as temporary:
-        # A glyph the font lacks is drawn as a box, which is all there is to say about it.
+        # A character that the font lacks is drawn as a box; a warning for each such character would say no more.
         warnings.filterwarnings("ignore", message="Glyph")
         figure.savefig(temporary, format="png")
 
@@ -113,7 +113,7 @@ def _title(when: str, evaluation: Evaluation) -> str:
 
 
 def _draw_completions(axes: Axes, completions: Sequence[Completion], title: str) -> None:
-    """Their text on a grid of characters, each on its token's colour; what exceeds the grid is cut off."""
+    """Draws the completions on a grid, each character on its token's colour, and cuts off what exceeds the grid."""
     axes.set_title(title, loc="left", fontsize=10)
     axes.set_xlim(0, _COLUMNS)
     axes.set_ylim(_ROWS, 0)
@@ -137,7 +137,10 @@ def _draw_completions(axes: Axes, completions: Sequence[Completion], title: str)
 
 
 def _layout(completions: Sequence[Completion]) -> list[tuple[int, int, str, float]]:
-    """(row, column, character, entropy of its token), with an empty row between completions."""
+    """(row, column, character, entropy of the character's token) for each character that fits the grid.
+
+    An empty row separates one completion from the next.
+    """
     placed: list[tuple[int, int, str, float]] = []
     row = 0
     for completion in completions:
@@ -147,7 +150,7 @@ def _layout(completions: Sequence[Completion]) -> list[tuple[int, int, str, floa
 
 
 def _layout_one(completion: Completion, row: int) -> list[tuple[int, int, str, float]]:
-    """One completion from `row` on, with lines broken at spaces where that is possible."""
+    """The same for one completion that starts at `row`; lines are broken at spaces where that is possible."""
     entropies = [
         entropy for token, entropy in zip(completion.tokens, completion.entropy, strict=True) for _ in range(len(token))
     ]

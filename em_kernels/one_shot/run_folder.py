@@ -1,13 +1,13 @@
-"""The folder of a run: what it was asked, what it has done so far, and where it goes on after an interruption.
+"""The folder of a run: its settings, its results so far, and the state that it resumes from after an interruption.
 
 config.json        the settings, versions and device
 metrics.jsonl      one line per optimiser step
-before.json        accuracy and completions of the model as it came
+before.json        accuracy and completions of the model before training
 state.pt           parameters and optimiser of the last finished step; removed once the run is finished
 after.json         accuracy and completions of the trained model
 completions.txt    the completions, before and after, to read
 report.png         the loss, and a completion before and after, coloured by entropy
-checkpoint/        the trained model and its tokenizer, for from_pretrained; the last thing written
+checkpoint/        the trained model and its tokenizer, for from_pretrained; written last
 """
 
 import dataclasses
@@ -21,11 +21,11 @@ import torch
 from em_kernels.one_shot.config import TrainConfig
 from em_kernels.one_shot.errors import UsageError
 from em_kernels.one_shot.files import failing_as_os_error, remove_unfinished, whole_or_absent, write_text
-from em_kernels.one_shot.model import save_model
+from em_kernels.one_shot.policy.model import save_model
 
 
 class RunFolder:
-    """The files of one run. Reading is for every process, writing for the main one only."""
+    """The files of one run. Every process may read them; only the main process may write."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -37,11 +37,11 @@ class RunFolder:
         self.checkpoint = path / "checkpoint"
 
     def open(self, config: TrainConfig, *, resume: bool, surroundings: dict[str, Any]) -> None:
-        """Makes the folder ready for the run to start or go on; metrics of a step that was not finished are dropped.
+        """Makes the folder ready for the run to start or go on, and drops the metrics of a step that was not finished.
 
         Raises:
-            UsageError: the folder is not empty and `resume` is not given, holds no run, or one with other settings or
-                another number of processes.
+            UsageError: the folder is not empty, and either `resume` is false, or the folder holds no run, or its run
+                has other settings or another number of processes.
         """
         if self.path.exists() and any(self.path.iterdir()):
             if not resume:
@@ -71,25 +71,25 @@ class RunFolder:
             ) from None
         differences = config.differences(started)
         if started_processes != processes:
-            # Each draws completions of its own.
+            # Each process draws completions of its own, so another number of processes draws other completions.
             differences.append(f"processes: {started_processes}, not {processes}")
         if differences:
             raise UsageError(f"the run in {self.path} has other settings: {'; '.join(differences)}")
 
     def finished_steps(self) -> int:
-        # Memory-mapped: the step alone is read, not the gigabytes beside it.
+        # Memory-mapping reads the step alone, and not the gigabytes of parameters beside it.
         return self.read_state(mmap=True)["step"] if self.state.exists() else 0
 
     def read_state(self, *, mmap: bool = False) -> dict[str, Any]:
         return torch.load(self.state, map_location="cpu", mmap=mmap, weights_only=True)
 
     def write_state(self, **state: Any) -> None:
-        """Replaces the state. Random generators are no part of it: they are seeded anew from (seed, step, rank)."""
+        """Replaces the state, which needs no random generators: each step seeds them from (seed, step, rank)."""
         with whole_or_absent(self.state) as temporary, failing_as_os_error(self.state):
             torch.save(state, temporary)
 
     def append_metrics(self, values: dict[str, Any]) -> None:
-        # Written anew: on a full disk, an append can leave half a line.
+        # The whole file is written anew, because an append to a full disk can leave half a line.
         write_text(self.metrics, "".join(f"{line}\n" for line in [*self._metrics_lines(), json.dumps(values)]))
 
     def read_metrics(self) -> list[dict[str, Any]]:
@@ -111,7 +111,7 @@ class RunFolder:
 
 
 def default_run_folder(name: str, *, resume: bool) -> Path:
-    """runs/NAME, or runs/NAME-2, runs/NAME-3, ...: the first that is free, or to resume, the last that is not."""
+    """The first free one of runs/NAME, runs/NAME-2, runs/NAME-3, ...; with `resume`, the last one that exists."""
     number, last, path = 1, None, Path("runs", name)
     while os.path.lexists(path):
         number, last, path = number + 1, path, Path("runs", f"{name}-{number + 1}")

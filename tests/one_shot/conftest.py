@@ -1,11 +1,17 @@
+"""The tiny model, as a folder, as a policy, and as the subject of a run."""
+
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny_model import save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from em_kernels.one_shot.config import TrainConfig
+from em_kernels.one_shot.policy import Policy
+from em_kernels.one_shot.policy.chat import encode_chats
+from em_kernels.one_shot.policy.rollout import Rollout
 
 
 @pytest.fixture(scope="session")
@@ -17,8 +23,30 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tiny(tiny_folder: Path) -> tuple[Any, Any]:
-    """The tiny model, fresh, and its tokenizer."""
+    """The tiny model, loaded anew for each test, and its tokenizer."""
     return AutoModelForCausalLM.from_pretrained(tiny_folder).eval(), AutoTokenizer.from_pretrained(tiny_folder)
+
+
+@pytest.fixture
+def policy(tiny: tuple[Any, Any]) -> Policy:
+    """The tiny model as a policy without a head."""
+    return Policy(*tiny)
+
+
+@pytest.fixture
+def rollout(policy: Policy) -> Rollout:
+    """Prompts of three lengths, and completions of many lengths, of which some end with the end token, which also pads.
+
+    The policy's model is more likely to end its completions than the model of the folder.
+    """
+    with torch.no_grad():
+        policy.model.lm_head.weight[0] *= 2
+    chats = encode_chats(policy.tokenizer, ["1+1?", "a longer one", "x"] * 4)
+    drawn = policy.sample(chats, temperature=0.5, max_new_tokens=10, seed=3, description="", show_progress=False)
+    lengths = drawn.completion_mask.sum(1)
+    assert lengths.min() < 5
+    assert lengths.max() == 10
+    return drawn
 
 
 @pytest.fixture

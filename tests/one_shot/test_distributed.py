@@ -1,4 +1,4 @@
-"""Two processes, launched as a user would, against one."""
+"""Two processes, launched as a user would launch them, against one."""
 
 import os
 import shutil
@@ -14,13 +14,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from em_kernels.one_shot.objective import accumulate_gradient
-from em_kernels.one_shot.rollout import Rollout
+from em_kernels.one_shot.policy import Policy
+from em_kernels.one_shot.policy.rollout import Rollout
 
 _LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
 _LAUNCH += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
 _OPTIONS = "--steps 2 --learning-rate 1e-3 --batch-size 6 --micro-batch-size 2 --max-new-tokens 8 --evaluation-size 3"
 
-# Runs the command line; each process also keeps its completions and its parameters after each step.
+# The program runs the command line; each process also saves its completions, gradients and parameters at each step.
 _OBSERVED = """
 import sys, torch
 from em_kernels import cli
@@ -28,11 +29,11 @@ from em_kernels.one_shot import training
 
 accumulate_gradient = training.accumulate_gradient
 
-def observed(accelerator, model, rollout, **named):
+def observed(accelerator, policy, rollout, **named):
     kept = sys.argv[1] + f"/{accelerator.process_index}-{len(steps)}.pt"
-    stats = accumulate_gradient(accelerator, model, rollout, **named)
-    gradients = {name: p.grad.clone() for name, p in accelerator.unwrap_model(model).named_parameters()}
-    start = {name: p.detach().clone() for name, p in accelerator.unwrap_model(model).named_parameters()}
+    stats = accumulate_gradient(accelerator, policy, rollout, **named)
+    gradients = {name: p.grad.clone() for name, p in policy.model.named_parameters()}
+    start = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
     torch.save({"rollout": vars(rollout), "loss": stats.loss, "gradients": gradients, "start": start}, kept)
     steps.append(1)
     return stats
@@ -44,14 +45,14 @@ sys.exit(cli.main(sys.argv[2:]))
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
-    # Without the first, Accelerate may not expect more than one process on a machine without GPUs.
+    # Without ACCELERATE_USE_CPU, Accelerate may expect no more than one process on a machine without GPUs.
     environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
 def ending_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model, likely to end its completions, so that the processes have different numbers of tokens."""
+    """The tiny model, made likely to end its completions, so that the processes have different numbers of tokens."""
     folder = tmp_path_factory.mktemp("ending")
     shutil.copytree(tiny_folder, folder, dirs_exist_ok=True)
     model: Any = AutoModelForCausalLM.from_pretrained(tiny_folder)
@@ -70,7 +71,7 @@ def kept(ending_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     command += ["--output", str(folder / "run")]
     result = _run(command)
     assert result.returncode == 0, result.stderr
-    # What is said is said once.
+    # Only one of the processes prints.
     assert result.stdout.count("step 1/2") == 1
     return folder
 
@@ -105,7 +106,7 @@ def test_one_process_with_the_same_completions_agrees(kept: Path, ending_folder:
     model.load_state_dict(_load(kept, 0, step)["start"])
     parts = _rollouts(kept, step)
     assert parts[0].completion_mask.sum() != parts[1].completion_mask.sum()
-    # Padded on the right to the longer of the two: prompts have the same width on both.
+    # Both are padded on the right to the longer of the two; their prompts have the same width.
     width = max(part.completion_mask.shape[1] for part in parts)
     joined = Rollout(
         *(
@@ -118,7 +119,9 @@ def test_one_process_with_the_same_completions_agrees(kept: Path, ending_folder:
             for name in ("input_ids", "attention_mask", "completion_mask")
         )
     )
-    stats = accumulate_gradient(Accelerator(mixed_precision="no"), model, joined, temperature=0.5, micro_batch_size=6)
+    stats = accumulate_gradient(
+        Accelerator(mixed_precision="no"), Policy(model, None), joined, temperature=0.5, micro_batch_size=6
+    )
     observed = _load(kept, 0, step)
     assert stats.loss == pytest.approx(observed["loss"], rel=1e-5)
     for name, parameter in model.named_parameters():

@@ -1,16 +1,15 @@
 import dataclasses
 import json
 import math
-from typing import Any
 
 import pytest
 from accelerate import Accelerator
 
-from em_kernels.one_shot import evaluation
 from em_kernels.one_shot.config import TrainConfig
 from em_kernels.one_shot.evaluation import Accuracy, Evaluation, evaluate, is_correct
+from em_kernels.one_shot.policy import Policy
+from em_kernels.one_shot.policy.rollout import Rollout
 from em_kernels.one_shot.problems import make_problems
-from em_kernels.one_shot.rollout import Rollout
 
 
 @pytest.mark.parametrize(
@@ -37,9 +36,22 @@ def test_standard_error_of_a_share() -> None:
     assert str(accuracy) == "25.0% ± 7.7%"
 
 
+def _evaluate(policy: Policy, config: TrainConfig, when: str) -> Evaluation:
+    return evaluate(
+        Accelerator(mixed_precision="no"),
+        policy,
+        config.prompts,
+        size=config.evaluation_size,
+        temperature=config.temperature,
+        max_new_tokens=config.max_new_tokens,
+        seed=config.seed,
+        when=when,
+    )
+
+
 @pytest.fixture
-def evaluated(tiny: tuple[Any, Any], tiny_config: TrainConfig) -> Evaluation:
-    return evaluate(Accelerator(mixed_precision="no"), *tiny, tiny_config, when="before")
+def evaluated(policy: Policy, tiny_config: TrainConfig) -> Evaluation:
+    return _evaluate(policy, tiny_config, "before")
 
 
 def test_completions_come_with_an_entropy_per_token(evaluated: Evaluation) -> None:
@@ -48,7 +60,7 @@ def test_completions_come_with_an_entropy_per_token(evaluated: Evaluation) -> No
         assert completion.prompt == "2+2?"
         assert 1 <= len(completion.tokens) == len(completion.entropy) <= 8
         assert all(0 < entropy < math.log(257) for entropy in completion.entropy)
-        # The special token that ends a completion is a token of it, but not of its text.
+        # The special token that ends a completion is one of the tokens, but no part of the text.
         assert "".join(completion.tokens).removesuffix("<end>").isascii() is completion.text.isascii()
 
 
@@ -59,27 +71,26 @@ def test_evaluation_survives_the_run_folder(evaluated: Evaluation) -> None:
 
 
 def test_accuracy_counts_answers_to_their_own_problems(
-    tiny: tuple[Any, Any], tiny_config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+    policy: Policy, tiny_config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An oracle in place of the model's text: right on each problem whose answer is even."""
+    """An oracle stands in for the model's text; its answer is right on each problem whose answer is even."""
     config = dataclasses.replace(tiny_config, evaluation_size=70, max_new_tokens=1)
     problems = make_problems(70, seed=config.seed, exclude=config.prompts)
     expected = sum(problem.answer % 2 == 0 for problem in problems)
     answers = {problem.question: problem.answer for problem in problems}
 
-    def oracle(tokenizer: Any, rollout: Rollout) -> list[str]:
+    def oracle(rollout: Rollout) -> list[str]:
         prompts = [
-            tokenizer.decode(ids[:-1][mask[:-1]]).removeprefix("user:").removesuffix("<end>a:")
+            policy.tokenizer.decode(ids[:-1][mask[:-1]]).removeprefix("user:").removesuffix("<end>a:")
             for ids, mask in zip(rollout.input_ids, rollout.attention_mask, strict=True)
         ]
         return [str(answers[p]) if p in answers and answers[p] % 2 == 0 else "none" for p in prompts]
 
-    monkeypatch.setattr(evaluation, "_texts", oracle)
-    result = evaluate(Accelerator(mixed_precision="no"), *tiny, config, when="after")
+    monkeypatch.setattr(policy, "texts", oracle)
+    result = _evaluate(policy, config, "after")
     assert result.greedy == result.sampled == Accuracy(expected, 70)
 
 
-def test_no_problems_no_accuracy(tiny: tuple[Any, Any], tiny_config: TrainConfig) -> None:
-    config = dataclasses.replace(tiny_config, evaluation_size=0)
-    result = evaluate(Accelerator(mixed_precision="no"), *tiny, config, when="before")
+def test_no_problems_no_accuracy(policy: Policy, tiny_config: TrainConfig) -> None:
+    result = _evaluate(policy, dataclasses.replace(tiny_config, evaluation_size=0), "before")
     assert result.greedy is result.sampled is None

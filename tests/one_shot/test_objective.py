@@ -2,56 +2,44 @@ import dataclasses
 import gc
 import math
 import weakref
-from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel
 
-from em_kernels.one_shot import objective
 from em_kernels.one_shot.config import LOSSES
 from em_kernels.one_shot.errors import UsageError
-from em_kernels.one_shot.head import find_head
-from em_kernels.one_shot.model import checkpoint_activations
-from em_kernels.one_shot.objective import accumulate_gradient, completion_logits
-from em_kernels.one_shot.prompts import encode_chats
-from em_kernels.one_shot.rollout import Rollout, sample
+from em_kernels.one_shot.metrics import StepStats
+from em_kernels.one_shot.objective import accumulate_gradient
+from em_kernels.one_shot.policy import Policy
+from em_kernels.one_shot.policy.head import find_head
+from em_kernels.one_shot.policy.model import checkpoint_activations
+from em_kernels.one_shot.policy.rollout import Rollout
 from em_kernels.ops import blocked
 
 TAU = 0.5
-
-
-@pytest.fixture
-def rollout(tiny: tuple[Any, Any]) -> Rollout:
-    """Prompts of three lengths, completions of many, some ended by the end token, which also pads."""
-    model, tokenizer = tiny
-    with torch.no_grad():
-        model.lm_head.weight[0] *= 2
-    chats = encode_chats(tokenizer, ["1+1?", "a longer one", "x"] * 4)
-    drawn = sample(
-        model, tokenizer, chats, temperature=TAU, max_new_tokens=10, seed=3, description="", show_progress=False
-    )
-    lengths = drawn.completion_mask.sum(1)
-    assert lengths.min() < 5
-    assert lengths.max() == 10
-    return drawn
 
 
 def _gradients(model: Any) -> dict[str, Tensor]:
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
+def _for_loss(loss: str, policy: Policy, dtype: str = "float32") -> Policy:
+    """The same policy with the head that the loss on hidden states needs, or without a head."""
+    head = find_head(policy.model) if loss == "linear" else None
+    return Policy(policy.model, policy.tokenizer, head, dtype)
+
+
 def _accumulate(
-    model: Any, rollout: Rollout, loss: str = "logits", **changes: Any
-) -> tuple[objective.StepStats, dict[str, Tensor]]:
-    model.zero_grad()
-    head = find_head(model) if loss == "linear" else None
-    arguments = {"temperature": TAU, "micro_batch_size": 100, "head": head, **changes}
-    stats = accumulate_gradient(Accelerator(mixed_precision="no"), model, rollout, **arguments)
-    return stats, _gradients(model)
+    policy: Policy, rollout: Rollout, *, micro_batch_size: int = 100
+) -> tuple[StepStats, dict[str, Tensor]]:
+    policy.model.zero_grad()
+    stats = accumulate_gradient(
+        Accelerator(mixed_precision="no"), policy, rollout, temperature=TAU, micro_batch_size=micro_batch_size
+    )
+    return stats, _gradients(policy.model)
 
 
 def _entropy(logits: Tensor, tau: float) -> Tensor:
@@ -59,45 +47,12 @@ def _entropy(logits: Tensor, tau: float) -> Tensor:
     return -(logp.exp() * logp).sum(-1)
 
 
-@pytest.mark.parametrize("absolute_positions", [False, True])
-def test_scores_the_distribution_each_token_was_drawn_from(tiny: tuple[Any, Any], absolute_positions: bool) -> None:
-    model, tokenizer = tiny
-    if absolute_positions:
-        # Unlike with rotary positions, counting the padding on the left as positions changes the logits.
-        model = cast(Any, GPT2LMHeadModel)(
-            GPT2Config(vocab_size=257, n_positions=64, n_embd=32, n_layer=2, n_head=4, initializer_range=0.3)
-        )
-        model.generation_config.eos_token_id = tokenizer.eos_token_id
-    with torch.no_grad():
-        model.lm_head.weight[0] *= 2
-    chats = encode_chats(tokenizer, ["1+1?", "a longer one", "x"] * 4)
-    drawn_from: list[Tensor] = []
-    generate = model.generate
-
-    def observed(**arguments: Any) -> Tensor:
-        output = generate(**arguments, output_logits=True, return_dict_in_generate=True)
-        drawn_from.extend(output.logits)
-        return output.sequences
-
-    model.generate = observed
-    rollout = sample(
-        model, tokenizer, chats, temperature=1.0, max_new_tokens=10, seed=3, description="", show_progress=False
-    )
-    expected = torch.stack(drawn_from, dim=1)[rollout.completion_mask]
-    with torch.no_grad():
-        logits = completion_logits(model, rollout)
-    assert logits.shape == (*rollout.completion_mask.shape, 257)
-    torch.testing.assert_close(logits[rollout.completion_mask], expected, rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.parametrize("loss_on", LOSSES)
-def test_gradient_is_that_of_the_token_mean_of_the_entropy(
-    tiny: tuple[Any, Any], rollout: Rollout, loss_on: str
-) -> None:
-    model, _ = tiny
-    stats, gradients = _accumulate(model, rollout, loss_on)
+def test_gradient_is_that_of_the_token_mean_of_the_entropy(policy: Policy, rollout: Rollout, loss_on: str) -> None:
+    stats, gradients = _accumulate(_for_loss(loss_on, policy), rollout)
 
-    # By the definition: each sequence alone, without padding, token by token.
+    # The definition, taken literally: each sequence alone, without padding, token by token.
+    model = policy.model
     model.zero_grad()
     entropies, at_one = [], []
     for ids, attended, mask in zip(rollout.input_ids, rollout.attention_mask, rollout.completion_mask, strict=True):
@@ -120,67 +75,61 @@ def test_gradient_is_that_of_the_token_mean_of_the_entropy(
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 5])
 def test_micro_batches_give_the_same_as_one_batch(
-    tiny: tuple[Any, Any], rollout: Rollout, micro_batch_size: int, loss: str
+    policy: Policy, rollout: Rollout, micro_batch_size: int, loss: str
 ) -> None:
-    model, _ = tiny
-    whole, expected = _accumulate(model, rollout, loss)
-    parts, gradients = _accumulate(model, rollout, loss, micro_batch_size=micro_batch_size)
+    policy = _for_loss(loss, policy)
+    whole, expected = _accumulate(policy, rollout)
+    parts, gradients = _accumulate(policy, rollout, micro_batch_size=micro_batch_size)
     assert dataclasses.astuple(parts) == pytest.approx(dataclasses.astuple(whole), rel=1e-6)
     for name, gradient in expected.items():
         torch.testing.assert_close(gradients[name], gradient, rtol=0, atol=1e-5 * float(gradient.abs().max()))
 
 
-def test_padding_is_not_scored(tiny: tuple[Any, Any], rollout: Rollout) -> None:
-    model, _ = tiny
-    stats, expected = _accumulate(model, rollout)
+def test_padding_is_not_scored(policy: Policy, rollout: Rollout) -> None:
+    stats, expected = _accumulate(policy, rollout)
     ids = torch.where(rollout.attention_mask, rollout.input_ids, 99)
-    other, gradients = _accumulate(model, dataclasses.replace(rollout, input_ids=ids))
+    other, gradients = _accumulate(policy, dataclasses.replace(rollout, input_ids=ids))
     assert other == stats
     for name, gradient in expected.items():
         torch.testing.assert_close(gradients[name], gradient, rtol=0, atol=1e-5 * float(gradient.abs().max()))
 
 
-def test_only_the_logits_of_the_completion_are_computed(tiny: tuple[Any, Any], rollout: Rollout) -> None:
-    model, _ = tiny
+def test_only_the_logits_of_the_completion_are_computed(policy: Policy, rollout: Rollout) -> None:
     shapes: list[torch.Size] = []
-    model.lm_head.register_forward_hook(lambda module, inputs, output: shapes.append(output.shape))
-    _accumulate(model, rollout, micro_batch_size=5)
+    policy.model.lm_head.register_forward_hook(lambda module, inputs, output: shapes.append(output.shape))
+    _accumulate(policy, rollout, micro_batch_size=5)
     assert [shape[:2] for shape in shapes] == [part.completion_mask.shape for part in rollout.micro_batches(5)]
 
 
 def test_logits_of_the_previous_micro_batch_are_freed(
-    tiny: tuple[Any, Any], rollout: Rollout, monkeypatch: pytest.MonkeyPatch
+    policy: Policy, rollout: Rollout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, _ = tiny
     alive: list[weakref.ref[Tensor]] = []
-    original = objective.completion_logits
+    original = policy.completion_logits
 
-    def observed(*arguments: Any) -> Tensor:
+    def observed(part: Rollout) -> Tensor:
         assert [reference for reference in alive if reference() is not None] == []
-        logits = original(*arguments)
+        logits = original(part)
         alive.append(weakref.ref(logits))
         return logits
 
-    monkeypatch.setattr(objective, "completion_logits", observed)
+    monkeypatch.setattr(policy, "completion_logits", observed)
     gc.disable()
     try:
-        _accumulate(model, rollout, micro_batch_size=3)
+        _accumulate(policy, rollout, micro_batch_size=3)
     finally:
         gc.enable()
     assert [reference() for reference in alive] == [None] * 4
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_gradient_checkpointing_recomputes_to_the_same_gradient(
-    tiny: tuple[Any, Any], rollout: Rollout, loss: str
-) -> None:
-    model, _ = tiny
-    stats, expected = _accumulate(model, rollout, loss)
-    head = find_head(model) if loss == "linear" else None
+def test_gradient_checkpointing_recomputes_to_the_same_gradient(policy: Policy, rollout: Rollout, loss: str) -> None:
+    policy = _for_loss(loss, policy)
+    stats, expected = _accumulate(policy, rollout)
     calls: list[int] = []
-    model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
-    checkpoint_activations(model)
-    other, gradients = _accumulate(model, rollout, head=head)
+    policy.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    checkpoint_activations(policy.model)
+    other, gradients = _accumulate(policy, rollout)
     assert len(calls) == 2
     assert other == stats
     for name, gradient in expected.items():
@@ -188,29 +137,27 @@ def test_gradient_checkpointing_recomputes_to_the_same_gradient(
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_dropout_is_off(tiny: tuple[Any, Any], rollout: Rollout, checkpointing: bool) -> None:
-    model, _ = tiny
-    model.train()
-    model.model.layers[0].mlp.act_fn = torch.nn.Sequential(torch.nn.SiLU(), torch.nn.Dropout(0.5))
+def test_dropout_is_off(policy: Policy, rollout: Rollout, checkpointing: bool) -> None:
+    policy.model.train()
+    policy.model.model.layers[0].mlp.act_fn = torch.nn.Sequential(torch.nn.SiLU(), torch.nn.Dropout(0.5))
     if checkpointing:
-        checkpoint_activations(model)
-    assert _accumulate(model, rollout)[0] == _accumulate(model, rollout)[0]
+        checkpoint_activations(policy.model)
+    assert _accumulate(policy, rollout)[0] == _accumulate(policy, rollout)[0]
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32_gradients(
-    tiny: tuple[Any, Any], rollout: Rollout, loss: str, monkeypatch: pytest.MonkeyPatch
+    policy: Policy, rollout: Rollout, loss: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, _ = tiny
-    stats, expected = _accumulate(model, rollout, loss)
+    stats, expected = _accumulate(_for_loss(loss, policy), rollout)
     dtypes: list[torch.dtype] = []
-    # What the entropy is taken of.
+    # The entropy is taken of these blocks of logits.
     monkeypatch.setattr(
         blocked,
         "_blocks",
         lambda logits, *a, original=blocked._blocks: (dtypes.append(logits.dtype), original(logits, *a))[1],
     )
-    other, gradients = _accumulate(model, rollout, loss, dtype="bfloat16")
+    other, gradients = _accumulate(_for_loss(loss, policy, "bfloat16"), rollout)
     assert set(dtypes) == {torch.bfloat16}
     assert {gradient.dtype for gradient in gradients.values()} == {torch.float32}
     assert other.loss != stats.loss
@@ -219,25 +166,8 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_gradients(
     assert torch.cosine_similarity(flat, reference, dim=0) > 0.95
 
 
-def test_model_without_the_optional_arguments(tiny: tuple[Any, Any], rollout: Rollout) -> None:
-    """A model that computes all logits and finds its own positions still gives the positions wanted."""
-    model, _ = tiny
-    unpadded = next(
-        part for part in rollout.micro_batches(1) if part.attention_mask.all() and part.completion_mask.shape[1] > 1
-    )
-    expected = completion_logits(model, unpadded)
-    forward: Callable[..., Any] = model.forward
-
-    def plain(input_ids: Tensor, attention_mask: Tensor, use_cache: bool) -> Any:
-        return forward(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
-
-    model.forward = plain
-    torch.testing.assert_close(completion_logits(model, unpadded), expected)
-
-
-def test_diverged_model_is_an_error(tiny: tuple[Any, Any], rollout: Rollout) -> None:
-    model, _ = tiny
+def test_diverged_model_is_an_error(policy: Policy, rollout: Rollout) -> None:
     with torch.no_grad():
-        model.lm_head.weight.fill_(math.nan)
+        policy.model.lm_head.weight.fill_(math.nan)
     with pytest.raises(UsageError, match="the loss is nan: the model has diverged"):
-        _accumulate(model, rollout)
+        _accumulate(policy, rollout)

@@ -1,11 +1,10 @@
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from em_kernels.one_shot.errors import UsageError
-from em_kernels.one_shot.prompts import encode_chats, read_prompts
+from em_kernels.one_shot.prompts import read_prompts
 
 
 @pytest.mark.parametrize("field", ["prompt", "problem", "question", "input"])
@@ -17,7 +16,7 @@ def test_json_lines(tmp_path: Path, field: str) -> None:
 
 
 def test_json_lines_end_only_at_line_feeds(tmp_path: Path) -> None:
-    # Raw in a JSON string, these are legal; str.splitlines() breaks at them.
+    # JSON allows these characters unescaped in a string; str.splitlines() would break the line at each.
     text = "a\u2028b\u2029c\x85d"
     path = tmp_path / "prompts.jsonl"
     path.write_text(json.dumps({"problem": text}, ensure_ascii=False) + "\r\n", encoding="utf-8", newline="")
@@ -52,18 +51,3 @@ def test_bad_file_says_where(tmp_path: Path, name: str, content: bytes, message:
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"none\.txt cannot be read: No such file"):
         read_prompts(tmp_path / "none.txt")
-
-
-def test_chats_are_left_padded_and_end_where_the_answer_begins(tiny: tuple[Any, Any]) -> None:
-    _, tokenizer = tiny
-    chats = encode_chats(tokenizer, ["1+1?", "a longer one"])
-    assert chats["attention_mask"].sum(1).tolist() == [len("user:1+1?") + 3, len("user:a longer one") + 3]
-    assert chats["attention_mask"][0, 0] == 0
-    assert [tokenizer.decode(ids[-4:]) for ids in chats["input_ids"]] == ["?<end>a:", "e<end>a:"]
-
-
-def test_model_without_chat_template(tiny: tuple[Any, Any]) -> None:
-    _, tokenizer = tiny
-    tokenizer.chat_template = None
-    with pytest.raises(UsageError, match="has no chat template"):
-        encode_chats(tokenizer, ["1+1?"])

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from em_kernels import linear_entropy_loss
 from em_kernels.one_shot.config import DEFAULT_PROMPT
-from em_kernels.one_shot.head import find_head
-from em_kernels.one_shot.model import load_model
-from em_kernels.one_shot.objective import StepStats, accumulate_gradient, completion_hidden, completion_logits
-from em_kernels.one_shot.prompts import encode_chats
-from em_kernels.one_shot.rollout import Rollout, sample
+from em_kernels.one_shot.metrics import StepStats
+from em_kernels.one_shot.objective import accumulate_gradient
+from em_kernels.one_shot.policy import Policy
+from em_kernels.one_shot.policy.chat import encode_chats
+from em_kernels.one_shot.policy.head import find_head
+from em_kernels.one_shot.policy.model import load_model
+from em_kernels.one_shot.policy.rollout import Rollout
 from em_kernels.ops import reference
 
 TAU = 0.5
@@ -22,20 +24,16 @@ TAU = 0.5
 
 @pytest.fixture(scope="module")
 def real() -> tuple[Any, Rollout]:
-    model, tokenizer = load_model(None)
-    chats = encode_chats(tokenizer, [DEFAULT_PROMPT] * 3)
-    rollout = sample(
-        model, tokenizer, chats, temperature=TAU, max_new_tokens=16, seed=0, description="", show_progress=False
-    )
-    return model, rollout
+    policy = Policy(*load_model(None))
+    chats = encode_chats(policy.tokenizer, [DEFAULT_PROMPT] * 3)
+    rollout = policy.sample(chats, temperature=TAU, max_new_tokens=16, seed=0, description="", show_progress=False)
+    return policy.model, rollout
 
 
-def _accumulate(model: Any, rollout: Rollout, **options: Any) -> tuple[StepStats, dict[str, Tensor]]:
-    model.zero_grad()
-    stats = accumulate_gradient(
-        Accelerator(mixed_precision="no"), model, rollout, temperature=TAU, micro_batch_size=2, **options
-    )
-    return stats, {name: p.grad.clone() for name, p in model.named_parameters()}
+def _accumulate(policy: Policy, rollout: Rollout) -> tuple[StepStats, dict[str, Tensor]]:
+    policy.model.zero_grad()
+    stats = accumulate_gradient(Accelerator(mixed_precision="no"), policy, rollout, temperature=TAU, micro_batch_size=2)
+    return stats, {name: p.grad.clone() for name, p in policy.model.named_parameters()}
 
 
 def _difference(actual: Tensor, expected: Tensor) -> float:
@@ -45,14 +43,14 @@ def _difference(actual: Tensor, expected: Tensor) -> float:
 
 def test_loss_and_all_parameter_gradients_are_those_of_float64(real: tuple[Any, Rollout]) -> None:
     model, rollout = real
-    stats, gradients = _accumulate(model, rollout, head=find_head(model))
+    stats, gradients = _accumulate(Policy(model, None, find_head(model)), rollout)
     exact = copy.deepcopy(model).double()
     exact.zero_grad()
-    logits = completion_logits(exact, rollout)[rollout.completion_mask]
+    logits = Policy(exact, None).completion_logits(rollout)[rollout.completion_mask]
     loss = reference.entropy_loss(logits, temperature=TAU)
     loss.backward()
     assert stats.loss == pytest.approx(loss.item(), rel=1e-4)
-    # What is left is that of the float32 model beneath.
+    # The difference that is left comes from the float32 model below the head.
     for name, parameter in exact.named_parameters():
         assert _difference(gradients[name], parameter.grad) < 1e-3, name
 
@@ -62,7 +60,7 @@ def test_gradients_of_the_head_are_those_of_float64(real: tuple[Any, Rollout], g
     model, rollout = real
     head = find_head(model)
     with torch.no_grad():
-        hidden = completion_hidden(model, rollout, head)[rollout.completion_mask]
+        hidden = Policy(model, None, head).completion_hidden(rollout)[rollout.completion_mask]
     operands = [x.detach().clone().requires_grad_() for x in (hidden, head.module.weight)]
     loss = linear_entropy_loss(*operands, temperature=TAU, chunk_size=20, grad_tolerance=grad_tolerance)
     loss.backward()
@@ -81,7 +79,7 @@ def test_what_is_left_out_is_within_the_bound(real: tuple[Any, Rollout], grad_to
     model, rollout = real
     head = find_head(model)
     with torch.no_grad():
-        hidden = completion_hidden(model, rollout, head)[rollout.completion_mask].double()
+        hidden = Policy(model, None, head).completion_hidden(rollout)[rollout.completion_mask].double()
     weight = head.module.weight.detach().double()
     results = []
     for tolerance in (0.0, grad_tolerance):
@@ -98,7 +96,7 @@ def test_what_is_left_out_is_within_the_bound(real: tuple[Any, Rollout], grad_to
 
 def _step(model: Any, rollout: Rollout, head_of: Any, dtype: str) -> tuple[StepStats, dict[str, Tensor], Any]:
     model = copy.deepcopy(model)
-    stats, gradients = _accumulate(model, rollout, head=head_of(model), dtype=dtype)
+    stats, gradients = _accumulate(Policy(model, None, head_of(model), dtype), rollout)
     torch.optim.AdamW(model.parameters(), lr=2e-5).step()
     return stats, gradients, dict(model.named_parameters())
 

@@ -20,7 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from em_kernels.one_shot import training
 from em_kernels.one_shot.config import TrainConfig
 from em_kernels.one_shot.errors import UsageError
-from em_kernels.one_shot.model import load_model
+from em_kernels.one_shot.policy import Policy
+from em_kernels.one_shot.policy.model import load_model
+from em_kernels.one_shot.policy.rollout import Rollout
 from em_kernels.one_shot.run_folder import RunFolder, default_run_folder
 from em_kernels.one_shot.training import train
 
@@ -89,7 +91,7 @@ def test_run_leaves_what_it_says(finished: tuple[TrainConfig, Path]) -> None:
         assert 0 <= row["decided"] <= 1
         assert row["seconds_generating"] > 0
         assert row["seconds_training"] > 0
-        # What Python and torch alone need is more than 0.1 GB.
+        # Python and torch alone need more than 0.1 GB.
         assert 0.1 < row["peak_memory_gb"] < 100
     stored = json.loads((output / "config.json").read_text())
     assert TrainConfig(**{**stored["config"], "prompts": tuple(stored["config"]["prompts"])}) == config
@@ -127,7 +129,7 @@ def test_steps_do_not_depend_on_micro_batches(
         assert len(updates) == 4
         updates.clear()
         assert len(_metrics(tmp_path / str(size))) == 4
-    # Not bit for bit the same, but the same run.
+    # The bits may differ, but all three are the same run.
     losses = [[row["loss"] for row in _metrics(folder)] for folder in (tmp_path / "1", tmp_path / "6", finished[1])]
     assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-5)
     assert losses[0][0] == pytest.approx(losses[2][0], rel=1e-5)
@@ -150,12 +152,12 @@ def test_each_step_draws_anew(
     drawn: list[Tensor] = []
     accumulate_gradient = training.accumulate_gradient
 
-    def observed(accelerator: Any, model: Any, rollout: Any, **named: Any) -> Any:
+    def observed(accelerator: Accelerator, policy: Policy, rollout: Rollout, **named: Any) -> Any:
         drawn.append(rollout.input_ids)
-        return accumulate_gradient(accelerator, model, rollout, **named)
+        return accumulate_gradient(accelerator, policy, rollout, **named)
 
     monkeypatch.setattr(training, "accumulate_gradient", observed)
-    # Two completions of the same prompt by a model that all but stays what it is.
+    # Both steps complete the same prompt, with a model that all but stays the same.
     config = dataclasses.replace(finished[0], prompts=("2+2?",), steps=2, learning_rate=1e-12, evaluation_size=0)
     train(config, tmp_path / "run")
     assert not {tuple(row) for row in drawn[0].tolist()} & {tuple(row) for row in drawn[1].tolist()}
@@ -180,13 +182,13 @@ def test_tensorboard(tiny_config: TrainConfig, tmp_path: Path) -> None:
 
 
 def _killed(config: TrainConfig, output: Path, patch: str) -> None:
-    """Runs the same training in a process of its own that kills itself where `patch` says."""
+    """Runs the same training in a process of its own, which kills itself where `patch` calls die()."""
     program = f"""
 import os, signal, torch
 from pathlib import Path
 from em_kernels.one_shot import training, run_folder
 from em_kernels.one_shot.config import TrainConfig
-from em_kernels.one_shot.model import load_model
+from em_kernels.one_shot.policy.model import load_model
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
@@ -265,7 +267,7 @@ def test_resuming_a_finished_run_changes_nothing(
 ) -> None:
     config, output = finished
     times = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
-    (output / "state.pt").touch()  # as if killed between the checkpoint's rename and this file's removal
+    (output / "state.pt").touch()  # A run killed after the checkpoint's rename leaves this file.
     train(config, output, resume=True)
     assert "is finished" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == times
@@ -330,7 +332,7 @@ def test_folder_of_something_else_cannot_resume(tiny_config: TrainConfig, tmp_pa
 def test_processes_that_do_not_know_of_each_other(
     tiny_config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The first of a process finds out about the others; later ones share what it found.
+    # The first Accelerator of a process looks for other processes; later ones share what it has found.
     Accelerator(mixed_precision="no")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UsageError, match=r"launched as 2 processes of which Accelerate sees 1; .*ACCELERATE_USE_CPU"):
@@ -370,7 +372,7 @@ def test_full_disk_leaves_nothing_half_written(
 def test_full_disk_at_the_checkpoint(tiny: tuple[Any, Any], tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    # Less than the weights, and less than the tokenizer only.
+    # The first limit is too small for the weights, the second for the tokenizer too.
     for kilobytes in (100, 1):
         resource.setrlimit(resource.RLIMIT_FSIZE, (kilobytes * 1024, hard))
         try:

@@ -1,4 +1,4 @@
-"""A causal language model's last hidden states and output projection, in place of its logits."""
+"""The output projection of a causal language model, for a loss on the last hidden states in place of the logits."""
 
 import contextlib
 from collections.abc import Iterator
@@ -15,10 +15,15 @@ _INSTEAD = "--loss logits works with any model"
 
 @dataclass(frozen=True)
 class OutputHead:
-    """How the model makes logits: softcap(scale * (hidden @ weight.T + bias)), softcap(x) = c tanh(x / c).
+    """A model's output projection: logits = softcap(scale * (hidden @ weight.T + bias)), softcap(x) = c tanh(x / c).
 
-    The entropy of softmax(logits / temperature) is that of hidden @ weight.T + bias with softcap c / scale at
-    temperature / scale, so nothing has to be multiplied.
+    These logits are scale times softcap(hidden @ weight.T + bias) with c / scale in place of c. Dividing the
+    temperature by the scale therefore gives the same softmax(logits / temperature), and multiplies no tensor.
+
+    Attributes:
+        module: the torch.nn.Linear that holds weight and bias.
+        scale: the factor of the logits.
+        softcap: c, or None for logits without a cap.
     """
 
     module: Any
@@ -26,7 +31,7 @@ class OutputHead:
     softcap: float | None
 
     def arguments(self, temperature: float) -> dict[str, Any]:
-        """Those of `linear_entropy_loss` and `linear_token_stats`, but for the hidden states and the mask."""
+        """The keyword arguments that describe this head to `linear_entropy_loss` and `linear_token_stats`."""
         return {
             "weight": self.module.weight,
             "bias": self.module.bias,
@@ -36,10 +41,13 @@ class OutputHead:
 
     @contextlib.contextmanager
     def bypassed(self) -> Iterator[list[Tensor]]:
-        """The list of what the projection is given, which it hands on instead of logits as long as this lasts.
+        """Makes the projection return its input until the block ends, so that the model makes no logits.
 
-        The model itself has to be called, for what wraps it: under data parallelism, the call is where gradients are
-        prepared to be shared.
+        The caller still calls the whole model, and not the layers below the projection: under data parallelism, the
+        call of the wrapper is what prepares the averaging of gradients over the processes.
+
+        Yields:
+            A list, to which each call of the projection appends its input.
         """
         given: list[Tensor] = []
 
@@ -60,13 +68,14 @@ class OutputHead:
 
 @torch.no_grad()
 def find_head(model: Any) -> OutputHead:
-    """The output projection of a Transformers causal language model, checked against the logits it makes.
+    """The output projection of a Transformers causal language model, checked against the model's own logits.
 
     Args:
-        model: unwrapped.
+        model: the model itself, without the wrapper of data parallelism.
 
     Raises:
-        UsageError: the logits are not the projection of the hidden states as far as can be seen.
+        UsageError: the projection is not a plain and whole torch.nn.Linear, or the logits of a few tokens are not what
+            the projection makes of their hidden states.
     """
     module = model.get_output_embeddings()
     if type(module) is not nn.Linear:
@@ -88,7 +97,7 @@ def find_head(model: Any) -> OutputHead:
     was_training = model.training
     model.eval()
     try:
-        # Several tokens: the embedding of one, that of padding, may be 0, and so may the logits after it.
+        # One token would not do: the embedding of the padding token may be 0, and then so may the logits be.
         tokens = torch.arange(min(8, len(weight)), device=weight.device).unsqueeze(0)
         logits = model(input_ids=tokens, use_cache=False).logits
     finally:
@@ -96,11 +105,11 @@ def find_head(model: Any) -> OutputHead:
         model.train(was_training)
     if len(given) != 1:
         raise UsageError(f"the model uses its output projection {len(given)} times in a call, expected 1; {_INSTEAD}")
-    # Not the module's own result: it may have hooks or another forward, which the loss would not go through.
+    # The module itself is not called, because hooks or a replaced forward, which the loss never runs, would go unseen.
     expected = head.scale * nn.functional.linear(given[0], module.weight, module.bias).float()
     if head.softcap is not None:
         expected = head.softcap * torch.tanh(expected / head.softcap)
-    # 16-bit logits that were scaled or capped have been rounded once more than here.
+    # In 16 bits, the model has rounded its logits once more after the scale and after the softcap.
     tolerance = 1e-4 if logits.dtype == torch.float32 else 0.05
     if logits.shape != expected.shape or not torch.allclose(logits.float(), expected, rtol=tolerance, atol=tolerance):
         raise UsageError(

