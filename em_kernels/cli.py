@@ -17,9 +17,12 @@ from em_kernels.one_shot.errors import UsageError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; exit status 2 for what the user can mend, said in one line, and 130 for Ctrl-C."""
+    """Runs one command and returns its exit status.
+
+    The status is 2 for an error that the user can do something about, printed as one line, and 130 after Ctrl-C.
+    """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    if arguments[:1] == ["bench"]:  # Its options are read, and its help is written, where they are used.
+    if arguments[:1] == ["bench"]:  # The benchmarks parse their options and print their help themselves.
         return _bench(arguments[1:])
     options = vars(_parser().parse_args(arguments))
     command, run = options.pop("command"), options.pop("run")
@@ -45,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="em-kernels", description="Entropy minimisation of language models.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_train(commands)
-    commands.add_parser("bench", help="measure em_kernels beside its peers on this machine")
+    commands.add_parser("bench", help="measure em_kernels beside its peers on this machine (needs a checkout)")
     info = commands.add_parser("info", help="versions, devices and backends")
     info.set_defaults(run=_info)
     return parser
@@ -124,7 +127,11 @@ def _train(
 
 
 def _import_quietly() -> None:
-    """Transformers without its notes on settings that are chosen here on purpose."""
+    """Imports the training stack, and silences the notes of Transformers on settings that are chosen on purpose.
+
+    Raises:
+        UsageError: a package is not installed.
+    """
     try:
         for package in ("accelerate", "math_verify", "matplotlib", "tqdm", "transformers"):
             importlib.import_module(package)
@@ -136,16 +143,19 @@ def _import_quietly() -> None:
 
 
 def _bench(arguments: Sequence[str]) -> int:
-    """Runs the checkout's benchmarks; their exit status."""
+    """Runs the benchmarks of the checkout and returns their exit status."""
     folder = Path(__file__).parents[1] / "benchmarks"
     if not (folder / "__main__.py").is_file():
-        print(f"em-kernels bench: error: {folder} is not there; the benchmarks need a checkout", file=sys.stderr)
+        print(
+            f"em-kernels bench: error: {folder} is not there; the benchmarks need a checkout of the repository",
+            file=sys.stderr,
+        )
         return 2
     environment = {**os.environ, "EM_BENCH_NAME": "em-kernels bench"}
     with subprocess.Popen([sys.executable, str(folder), *arguments], env=environment) as process:
         try:
             return process.wait()
-        except KeyboardInterrupt:  # Which it has got too, and will answer.
+        except KeyboardInterrupt:  # The benchmarks get Ctrl-C too, and end by themselves.
             return process.wait()
 
 
