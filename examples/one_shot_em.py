@@ -1,4 +1,4 @@
-"""One-shot entropy minimisation in a training loop of your own: sample, score what was sampled, step, repeat.
+"""One-shot entropy minimisation in a training loop of your own: sample completions, lower their entropy, repeat.
 
 python examples/one_shot_em.py --model HuggingFaceTB/SmolLM2-135M-Instruct --steps 10
 """
@@ -8,7 +8,7 @@ import argparse
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from em_kernels import entropy_loss
+from em_kernels import linear_entropy_loss
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="name or folder")
@@ -24,8 +24,11 @@ args = parser.parse_args()
 torch.manual_seed(0)
 device = "cuda" if torch.cuda.is_available() else "cpu"
 tokenizer = AutoTokenizer.from_pretrained(args.model)
-# eval: with dropout, the model would be scored on another distribution than the one that was sampled.
+# The model stays in eval mode: dropout would score another distribution than the tokens were drawn from.
 model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(device).eval()
+# The body makes hidden states and the head makes logits of them. A model that also scales or caps its logits (Gemma 2,
+# Granite) needs the temperature divided by the scale, or the argument softcap, in the loss below.
+body, head = model.base_model, model.get_output_embeddings()
 optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)
 
 chat = [{"role": "user", "content": args.prompt}]
@@ -34,8 +37,8 @@ prompt = tokenizer(
     [text] * args.batch_size, add_special_tokens=False, return_token_type_ids=False, return_tensors="pt"
 ).to(device)
 
-# Plain sampling from softmax(logits / temperature): the author's top-p, top-k and penalties would sample from another
-# distribution than the one whose entropy is lowered.
+# Completions are drawn from softmax(logits / temperature) itself. The top-k, top-p and penalties that the model came
+# with would draw them from another distribution than the one whose entropy is lowered.
 end = tokenizer.eos_token_id
 model.generation_config = GenerationConfig(
     do_sample=True,
@@ -50,18 +53,18 @@ model.generation_config = GenerationConfig(
 for step in range(1, args.steps + 1):
     sequences = model.generate(**prompt)
     completions = sequences[:, prompt.input_ids.shape[1] :]
-    # A completion goes up to and including its first end token; the padding behind it is the same token.
+    # A completion ends with its first end token; the padding after the end repeats the same token.
     is_end = completions == end
     mask = is_end.cumsum(1) - is_end.int() == 0
 
     optimizer.zero_grad()
     tokens, loss = mask.sum(), 0.0
     for rows in torch.arange(args.batch_size, device=device).split(args.micro_batch_size):
-        # The logits at one position are the distribution of the next token: the last token's own are not wanted, those
-        # before the first generated token are. Padding is only ever on the right here and needs no attention mask.
-        logits = model(sequences[rows, :-1], logits_to_keep=completions.shape[1], use_cache=False).logits
-        part = entropy_loss(
-            logits, mask[rows], temperature=args.temperature, num_items_in_batch=tokens, inplace_backward=True
+        # Each token is drawn from the distribution at the position before it, so the scored positions begin at the
+        # prompt's last token and leave out the last token. All padding is on the right and needs no attention mask.
+        hidden = body(sequences[rows, :-1], use_cache=False).last_hidden_state[:, -completions.shape[1] :]
+        part = linear_entropy_loss(
+            hidden[mask[rows]], head.weight, bias=head.bias, temperature=args.temperature, num_items_in_batch=tokens
         )
         part.backward()
         loss += part.item()
