@@ -20,7 +20,7 @@ from em_kernels.one_shot.config import PRESETS, TrainConfig
 
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[TrainConfig, Path, bool]]:
-    """The runs that the command line asked for, in place of the runs."""
+    """The arguments of each run that the command line asks for; no run takes place."""
     from em_kernels.one_shot import training
 
     calls: list[tuple[TrainConfig, Path, bool]] = []
@@ -29,7 +29,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[TrainConfig, Path, bo
 
 
 def _error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The one line that a failing command says."""
+    """Runs a command that fails, and returns the one line that it prints."""
     try:
         status = main(arguments)
     except SystemExit as stopped:
@@ -37,7 +37,7 @@ def _error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     said = capsys.readouterr()
     assert status == 2
     assert said.out == ""
-    # Loading a model shows a bar; nothing else may stand beside the message.
+    # Loading a model prints a progress bar; nothing else may be printed besides the message.
     [message] = [line for line in re.split(r"[\r\n]+", said.err) if line and not line.startswith("Loading weights")]
     assert re.match(r"em-kernels( train)?: error: ", message)
     return message
@@ -150,7 +150,7 @@ def test_full_disk(capsys: pytest.CaptureFixture[str], tiny_folder: Path, tmp_pa
 
 def _start(*arguments: str, **options: Any) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "em_kernels.cli", *arguments]
-    # Where the tests themselves run in the background, Ctrl-C is ignored, and a process inherits that.
+    # Tests that run in the background ignore Ctrl-C, and their processes would inherit that.
     options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
@@ -161,7 +161,7 @@ def test_interrupted_run_says_how_to_go_on_and_does(tiny_folder: Path, tmp_path:
     command += ["--batch-size", "2", "--max-new-tokens", "8", "--evaluation-size", "0"]
     run = _start(*command)
     assert run.stdout is not None
-    # As a user would: the key is pressed once a step has been seen.
+    # A user presses Ctrl-C once the first step has been printed.
     for line in run.stdout:
         if line.startswith("step  1/40"):
             run.send_signal(signal.SIGINT)

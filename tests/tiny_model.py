@@ -1,9 +1,9 @@
-"""A tiny Llama with random weights and a real tokenizer with a chat template: whole runs of it take a second."""
+"""A tiny Llama with random weights, and a real tokenizer with a chat template: a whole run takes a second."""
 
 import os
 from pathlib import Path
 
-# Before anything imports the hub's client, which reads it once: no test may depend on a network.
+# No test may depend on a network. The hub's client reads the variable once, when it is first imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
@@ -16,7 +16,7 @@ CHAT_TEMPLATE = (
 
 
 def save_tiny_model(folder: Path) -> None:
-    """Its tokens are bytes; the end-of-sequence token also pads, as in most chat models."""
+    """Writes the model and its tokenizer. Tokens are bytes; the end-of-sequence token also pads, as in most models."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({"<end>": 0, **{letter: i for i, letter in enumerate(alphabet, start=1)}}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -34,7 +34,7 @@ def save_tiny_model(folder: Path) -> None:
             num_attention_heads=4,
             num_key_value_heads=2,
             max_position_embeddings=256,
-            # Far from uniform, so that there is an entropy to lower.
+            # Weights this large give far from uniform distributions; at a uniform one, the entropy has no gradient.
             initializer_range=0.3,
             bos_token_id=None,
             eos_token_id=0,

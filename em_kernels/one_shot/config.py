@@ -1,4 +1,4 @@
-"""What a training run is: every setting that decides its result, and the presets."""
+"""The settings that decide the result of a training run, and the presets."""
 
 import dataclasses
 import importlib.util
@@ -23,25 +23,26 @@ class TrainConfig:
 
     Args:
         model: name or folder of a Transformers causal language model; None is the built-in SmolLM2-135M-Instruct.
-        trust_remote_code: let the model's repository run its own code.
+        trust_remote_code: whether the model's repository may run code of its own.
         prompts: the training prompts, without answers; the completions of a step are shared out among them in turn.
         steps: optimiser updates, whatever the number of micro-batches and processes.
-        learning_rate: constant, for AdamW.
-        temperature: of sampling and of the loss.
+        learning_rate: the learning rate of AdamW, the same in every step.
+        temperature: the temperature of sampling and of the loss.
         batch_size: completions per optimiser step, over all processes.
-        micro_batch_size: completions per forward and backward pass, per process; changes memory and speed only.
-        max_new_tokens: longest completion, in tokens.
-        max_grad_norm: the gradient is scaled down to this norm when it is longer.
-        seed: of sampling and of the evaluation problems.
-        dtype: what the model computes in. Parameters and optimiser state are float32 either way: an update of 2e-5 is
-            below bfloat16's resolution of most weights and would be lost.
-        loss: "linear" takes the loss on hidden states, a chunk of tokens' logits at a time; "logits" makes them all.
-        gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
-        evaluation_size: problems to measure accuracy on before and after, 0 for none.
-        report_to: the tracker that Accelerate feeds beside metrics.jsonl.
+        micro_batch_size: completions per forward and backward pass of a process; changes only memory and speed.
+        max_new_tokens: the longest completion, in tokens.
+        max_grad_norm: the norm that a longer gradient is scaled down to.
+        seed: the seed of sampling and of the evaluation problems.
+        dtype: the dtype that the model computes in. Parameters and optimiser state are float32 either way: an update of
+            2e-5 is below bfloat16's resolution of most weights and would be lost.
+        loss: "linear" takes the loss on hidden states and makes the logits of a chunk of tokens at a time; "logits"
+            takes the loss on logits, all made at once.
+        gradient_checkpointing: whether the backward pass recomputes activations, so that they need not be kept.
+        evaluation_size: the number of problems that accuracy is measured on before and after training; 0 for none.
+        report_to: the tracker that gets the metrics besides metrics.jsonl, or "none".
 
     Raises:
-        UsageError: a setting is out of range; the message names it.
+        UsageError: a setting is out of range; the message names the setting.
     """
 
     model: str | None = None
@@ -79,7 +80,7 @@ class TrainConfig:
             raise UsageError(f"prompts is {self.prompts!r}, expected at least one text, none of them empty")
 
     def differences(self, other: "TrainConfig") -> list[str]:
-        """The settings in which `other` differs, as 'name: other's value, not this one's'."""
+        """The settings in which the two differ, each as 'name: other's value, not own value'."""
         return [
             f"{field.name}: {getattr(other, field.name)!r}, not {getattr(self, field.name)!r}"
             for field in dataclasses.fields(self)
@@ -99,7 +100,7 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 PRESETS = {
     "paper": TrainConfig(),
-    # Two CPU cores and five minutes.
+    # The demo is sized for two CPU cores and five minutes.
     "demo": TrainConfig(
         steps=6,
         learning_rate=1e-5,

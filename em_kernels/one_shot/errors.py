@@ -2,7 +2,7 @@
 
 
 class UsageError(ValueError):
-    """A mistake, or a limit of the machine or of an installed package, that the user can do something about.
+    """An error that the user can do something about: a mistake, or a limit of the machine or of an installed package.
 
     The message says what was found and what would work; the command line prints the message alone, with no traceback.
     """

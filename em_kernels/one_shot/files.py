@@ -1,7 +1,7 @@
-"""Files that are either whole or absent: written beside their place, then renamed into it.
+"""Files that are either whole or absent: each is written under a temporary name, then renamed.
 
-A rename is atomic for whoever looks on and for a process killed at any moment. It is not forced to the disk, so it does
-not promise to survive a power cut.
+The rename is atomic: other processes, and the next run after a process is killed at any moment, see the old file or the
+new one. Nothing is forced to the disk, so a power cut can still lose a file.
 """
 
 import contextlib
@@ -15,9 +15,10 @@ _UNFINISHED = ".unfinished-"
 
 @contextlib.contextmanager
 def whole_or_absent(target: Path) -> Iterator[Path]:
-    """A path to write the file or folder `target` at; it takes the name `target` when the block ends without an error.
+    """Yields a temporary path, and renames it to `target` if the block ends without an error.
 
-    A file replaces an earlier one; a folder needs a free name.
+    The block writes a file or a folder at the temporary path. A file replaces an earlier one of the name; for a folder,
+    the name has to be free.
     """
     temporary = target.with_name(f"{_UNFINISHED}{os.getpid()}-{target.name}")
     try:
@@ -30,7 +31,7 @@ def whole_or_absent(target: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def failing_as_os_error(target: Path) -> Iterator[None]:
-    """Turns what other libraries raise when `target` cannot be written into an OSError, whatever they made of it."""
+    """Raises any exception of the block as an OSError: a library may raise another type if `target` is unwritable."""
     try:
         yield
     except OSError:
@@ -45,7 +46,7 @@ def write_text(target: Path, text: str) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Removes what a killed process left behind."""
+    """Removes the temporary files and folders that a killed process has left in `folder`."""
     for path in folder.glob(f"{_UNFINISHED}*"):
         _remove(path)
 

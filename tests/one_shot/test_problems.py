@@ -3,7 +3,7 @@ import re
 from em_kernels.one_shot.config import DEFAULT_PROMPT
 from em_kernels.one_shot.problems import make_problems
 
-# The arithmetic behind a question, told by words of its template.
+# The arithmetic behind each template, found by words that occur in the template alone.
 _SOLUTIONS = {
     "more. How many": lambda a, b: a + b,
     "of them away": lambda a, b: a - b,

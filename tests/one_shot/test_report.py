@@ -104,7 +104,7 @@ def test_picture_shows_entropy_as_colour(tmp_path: Path, before: float) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["report.png"]
     pixels = image.imread(target)[..., :3]
     height, width, _ = pixels.shape
-    # The text panel of the model before training, without the colour bar at the right.
+    # The panel of completions before training, without the colour bar at the right.
     panel = pixels[: height // 2, int(width * 0.42) : int(width * 0.9)]
     deep_red = (panel[..., 0] > 0.4) & (panel[..., 1] < 0.2) & (panel[..., 2] < 0.3)
     assert bool(numpy.mean(deep_red) > 0.05) is (before > 1)
