@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax, softmax
 
 from em_kernels import entropy_loss
-from em_kernels.ops import blocked, native_cpu
+from em_kernels.ops import backend
 
 _VOCABS = (32000, 49152, 128256, 151936, 262144)
 _PAPER_VOCAB = 152064  # Qwen2.5-Math-7B
@@ -213,8 +213,8 @@ def contenders(c: Configuration, target: Tensor, only: str | None = None) -> dic
         if c.device not in peer.differentiable:
             del found[f"{peer.name} | forward+backward"]
     add("ours", entropy_loss, (1, 3 if three_passes else 2))
-    if c.device == "cpu" and native_cpu.unavailable_reason() is None:
-        add("ours without compiled kernels", _without_compiled_kernels, (1, 2))
+    if backend.choose(device, dtype) == "native":
+        add("ours, backend torch", partial(entropy_loss, backend="torch"), (1, 2))
 
     ours: dict[str, Contender] = {
         "inplace_backward": Contender(
@@ -255,15 +255,6 @@ def _with_target(function: Callable[[Tensor, Tensor], Tensor], target: Tensor, l
 
 def missing(device: torch.device) -> dict[str, str]:
     return peers("logits", _GIVES, device)[1]
-
-
-def _without_compiled_kernels(logits: Tensor) -> Tensor:
-    compiled = blocked._runs_compiled
-    blocked._runs_compiled = lambda logits: False
-    try:
-        return entropy_loss(logits)
-    finally:
-        blocked._runs_compiled = compiled
 
 
 def names(c: Configuration) -> list[str]:

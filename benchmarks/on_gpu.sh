@@ -80,8 +80,9 @@ fi
 
 step gpu-tests "$python" -m pytest -q -m gpu -p no:cacheprovider tests
 step contract-tests "$python" -m pytest -q -m "not gpu" -p no:cacheprovider -k triton \
-    tests/test_entropy.py tests/test_stats.py tests/test_properties.py tests/ops/test_operators.py \
-    tests/test_linear_entropy.py tests/test_linear_stats.py tests/ops/test_linear.py
+    tests/test_entropy.py tests/test_stats.py tests/test_surprises.py tests/test_properties.py \
+    tests/test_linear_entropy.py tests/test_linear_stats.py tests/ops/test_backend_contract.py tests/ops/test_logits.py \
+    tests/ops/hidden/test_registered.py
 # Without a GPU the Triton kernels have to be interpreted.
 if [ "$device" = cpu ]; then export TRITON_INTERPRET=1; fi
 suite tune_tiles

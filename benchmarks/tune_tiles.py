@@ -18,7 +18,8 @@ from suite import timed
 from timing import Call, Timing, slots_beyond_cache
 from torch import Tensor
 
-from em_kernels.ops import backends
+from em_kernels.ops import backend
+from em_kernels.ops.types import Divisor, Temperature, Upstream, Wanted
 
 _LOGITS_BYTES = 512 << 20
 _VOCABS = (2048, 8192, 32000, 49152, 128256, 151936, 262144)
@@ -40,26 +41,25 @@ class Kernel(NamedTuple):
 
 def kernels(logits: Tensor, out: Tensor, names: tuple[str, ...]) -> dict[str, Kernel]:
     """Return the kernels of these names, for logits of shape (1, rows, V)."""
-    from em_kernels.ops import triton_entropy
+    launch: Any = backend.implementation("triton")
 
     rows = logits.shape[1]
     ones = torch.ones(rows, device=logits.device)
-    saved = triton_entropy.row_statistics(logits, None, None, 1.0, None, False)[-1]
+    _, saved = launch.row_statistics(logits, None, Temperature(), None, Wanted())
     # The factor is -1, because a gradient that is negated again and again neither grows nor vanishes.
     factor = torch.full((), -1.0, device=logits.device)
-    empty = logits.new_empty(0, dtype=torch.float32)
 
     def loss(z: Tensor) -> Tensor:
-        return triton_entropy.entropy_with_gradient(z, None, None, rows, None, 1.0, out)
+        return launch.entropy_with_gradient(z, None, Divisor(number=rows), Temperature(), out)
 
     def statistics(z: Tensor) -> Tensor:
-        return triton_entropy.row_statistics(z, None, None, 1.0, None, False)[0]
+        return launch.row_statistics(z, None, Temperature(), None, Wanted())[0].entropy
 
     def gradient(z: Tensor) -> None:
-        triton_entropy.row_gradient(z, saved, empty, None, ones, None, None, None, out)
+        launch.row_gradient(z, saved, None, Upstream(entropy=ones), out)
 
     def scale(z: Tensor) -> None:
-        triton_entropy.scale_(out, factor)
+        launch.scale_(out, factor)
 
     found = {
         "fused": Kernel(loss, ones / rows, ones / rows, streamed=False),
@@ -73,16 +73,16 @@ def kernels(logits: Tensor, out: Tensor, names: tuple[str, ...]) -> dict[str, Ke
 
 @contextmanager
 def _tile(tile: tuple[int, int]) -> Iterator[None]:
-    from em_kernels.ops import triton_entropy
+    launch: Any = backend.implementation("triton")
 
-    table = triton_entropy._resident_row, triton_entropy._streamed_tile
-    chosen = triton_entropy._Tile(*tile)
-    triton_entropy._resident_row = lambda row_bytes, itemsize: chosen
-    triton_entropy._streamed_tile = lambda logits: chosen
+    table = launch._resident_row, launch._streamed_tile
+    chosen = launch._Tile(*tile)
+    launch._resident_row = lambda row_bytes, itemsize: chosen
+    launch._streamed_tile = lambda logits: chosen
     try:
         yield
     finally:
-        triton_entropy._resident_row, triton_entropy._streamed_tile = table
+        launch._resident_row, launch._streamed_tile = table
 
 
 @dataclass(frozen=True)
@@ -119,10 +119,10 @@ def missing(device: torch.device) -> dict[str, str]:
 
 def rows(c: Configuration) -> Iterator[dict[str, Any]]:
     device, dtype = torch.device(c.device), getattr(torch, c.dtype)
-    reason = backends.unavailable_reason("triton", device)
+    reason = backend.unavailable_reason("triton", device)
     if reason is not None:
         raise RuntimeError(reason)
-    from em_kernels.ops import triton_entropy
+    launch: Any = backend.implementation("triton")
 
     logits = draw_logits("peaked", c.rows, c.vocab, dtype, device)[None]
     exact = Reference(logits[0], torch.zeros(c.rows, dtype=torch.int64, device=device))
@@ -131,8 +131,8 @@ def rows(c: Configuration) -> Iterator[dict[str, Any]]:
     kernel = kernels(logits, out, (c.kernel,))[c.kernel]
     # Every kernel overwrites `out`, except for "scale", which negates what it finds there.
     out.fill_(1)
-    table = triton_entropy._streamed_tile(logits) if kernel.streamed else None
-    current = tuple(table or triton_entropy._resident_row(c.vocab * dtype.itemsize, dtype.itemsize))
+    table = launch._streamed_tile(logits) if kernel.streamed else None
+    current = tuple(table or launch._resident_row(c.vocab * dtype.itemsize, dtype.itemsize))
     tiny = c.vocab <= 20000 and c.rows <= 2
     tiles = {(t, u) for t in ((128,) if tiny else (128, 256, 512, 1024)) for u in ((1, 2) if tiny else (1, 2, 4, 8))}
 

@@ -2,7 +2,7 @@
 
 from em_kernels.entropy import EntropyLoss, entropy_loss
 from em_kernels.linear_entropy import LinearEntropyLoss, linear_entropy_loss
-from em_kernels.stats import TokenStats, linear_token_stats, token_entropy, token_stats
+from em_kernels.stats import TokenStats, linear_token_entropy, linear_token_stats, token_entropy, token_stats
 
 __all__ = [
     "EntropyLoss",
@@ -10,6 +10,7 @@ __all__ = [
     "TokenStats",
     "entropy_loss",
     "linear_entropy_loss",
+    "linear_token_entropy",
     "linear_token_stats",
     "token_entropy",
     "token_stats",

@@ -165,7 +165,7 @@ def _info() -> None:
     import torch
 
     import em_kernels
-    from em_kernels.ops import backends, native_cpu
+    from em_kernels.ops import backend
 
     print(f"em_kernels    {em_kernels.__version__}")
     print(
@@ -184,9 +184,8 @@ def _info() -> None:
     for device in devices:
         name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
         print(f"\nbackends on {device}{name}")
-        for backend in backends.NAMES:
-            print(f"  {backend:11} {backends.unavailable_reason(backend, device) or 'runs'}")
-    print(f"\ncompiled CPU kernels of 'torch': {native_cpu.unavailable_reason() or 'run on float32'}")
+        for name in backend.NAMES:
+            print(f"  {name:11} {backend.unavailable_reason(name, device) or 'runs'}")
 
 
 if __name__ == "__main__":

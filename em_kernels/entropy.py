@@ -2,9 +2,17 @@
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 
-from em_kernels import inputs, reductions
-from em_kernels.ops import operators
+from em_kernels.arguments.checks import check_logits, choose_backend
+from em_kernels.arguments.inplace import check_inplace
+from em_kernels.arguments.reduction import reduction_of
+from em_kernels.arguments.sharding import check_divisor, local_logits, local_per_token
+from em_kernels.arguments.tokens import Source, rows_of_logits, tokens_of
+from em_kernels.ops import logits as operators
+from em_kernels.ops.autograd import is_traced
+from em_kernels.ops.sharded import Place
+from em_kernels.ops.types import Wanted
 
 
 def entropy_loss(
@@ -15,6 +23,7 @@ def entropy_loss(
     reduction: str = "mean",
     num_items_in_batch: int | Tensor | None = None,
     inplace_backward: bool = False,
+    process_group: "dist.ProcessGroup | None" = None,
     backend: str | None = None,
 ) -> Tensor:
     """Token-level entropy of a language model's predictions, the loss of one-shot entropy minimisation.
@@ -23,72 +32,59 @@ def entropy_loss(
     (arXiv 2505.20282, equation 2) and its gradient dH/dz_j = -(1/tau) p_j (log p_j + H).
 
     Args:
-        logits: (..., V), float32, bfloat16, float16 or (backend "torch") float64; any strides.
-        mask: (...), bool or integer (zero marks a token that does not count), or float: the weight w of each token, at
-            least 0. A token of weight 0 is not read: whatever it holds, its gradient is 0. None counts every token.
+        logits: (..., V), float32, bfloat16, float16 or (backend "torch") float64; any strides. A DTensor that is
+            sharded along the vocabulary is worked on in parts, one that is sharded along the tokens gives each rank the
+            loss of its own tokens, for which "mean" needs num_items_in_batch.
+        mask: (...), bool or integer (0 marks a token that does not count, a positive number one that does), or float:
+            the weight w of each token, at least 0. A token of weight 0 is not read: whatever it holds, its gradient is
+            0. A negative entry raises on the CPU; on a GPU, where seeing it would cost a synchronisation, it gives NaN.
+            None counts every token.
         temperature: tau > 0, a float or a tensor that broadcasts to logits.shape[:-1]. No gradient flows to it.
         reduction: "mean", "sum" = sum(w H), or "none" = w H. A mean over no tokens is 0 with a gradient of 0.
-        num_items_in_batch: an int or 0-d tensor that replaces sum(w) as the divisor of "mean", for micro-batches of a
-            batch of that many tokens; 0 leaves the sum.
+        num_items_in_batch: an int or a tensor of one element that replaces sum(w) as the divisor of "mean", for
+            micro-batches of a batch of that many tokens; 0 leaves the sum.
         inplace_backward: write the gradient into the memory of `logits`, which then hold no logits any more: from this
-            call on with "mean" and "sum", from backward on with "none" and with float16. Under torch.compile the
-            gradient gets memory of its own all the same.
-        backend: "triton", "torch", or None to choose by the logits' device and dtype.
+            call on with "mean" and "sum", from backward on with "none", with float16 and with a sharded vocabulary.
+            Under torch.compile the gradient gets memory of its own all the same.
+        process_group: the ranks that share the vocabulary: `logits` hold this rank's columns, in rank order, and every
+            other argument is the same on all of them. Every rank gets the same loss.
+        backend: "triton", "native", "torch", or None to choose by the logits' device and dtype.
 
     Returns:
         float32 (float64 for float64 logits): a scalar, or shape (...) with "none".
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
+        RuntimeError: a gradient of the gradient, a forward-mode derivative or a torch.func transform is asked for.
 
     Memory traffic: "mean" and "sum" write the gradient in the forward, two passes over memory, and save only it;
     "none" reads in the forward and reads and writes in the backward, and saves the logits. So do "mean" and "sum" of
-    float16, whose gradient underflows unless it is made after the loss scale is known.
+    float16, whose gradient underflows unless it is made after the loss scale is known, and of a sharded vocabulary.
     """
-    inputs.check_logits(logits)
-    reductions.check_reduction(reduction, num_items_in_batch)
-    backend = inputs.choose_backend(backend, logits)
-    weight = None if mask is None else inputs.flatten_mask(mask, logits)
-    rows, (row_temperature, common_temperature) = (
-        inputs.flatten_logits(logits),
-        inputs.flatten_temperature(temperature, logits),
+    logits, shard, layout = local_logits(logits, process_group)
+    check_logits(logits, sharded=shard is not None)
+    source = Source("logits", logits)
+    tokens = tokens_of(
+        source, local_per_token("mask", mask, layout), local_per_token("temperature", temperature, layout)
     )
+    check_divisor(reduction, num_items_in_batch, layout)
+    reduce = reduction_of(reduction, num_items_in_batch, tokens, source)
+    backend = choose_backend(backend, logits.device, logits.dtype)
+    rows = rows_of_logits(logits)
 
     needs_grad = logits.requires_grad and torch.is_grad_enabled()
-    writes_in_place = inplace_backward and needs_grad and not operators.must_trace(logits)
-    if writes_in_place and _overlaps(logits):
-        raise ValueError(
-            "inplace_backward needs logits whose elements have memory of their own, "
-            f"given logits of shape {tuple(logits.shape)} and strides {logits.stride()}"
-        )
-    if writes_in_place and rows.data_ptr() != logits.data_ptr():
-        raise ValueError(
-            "inplace_backward needs logits with a contiguous last dimension and at most two strides between tokens, "
-            f"given logits of shape {tuple(logits.shape)} and strides {logits.stride()}"
-        )
-    divisor, count = reductions.divisor_of(reduction, logits, weight, num_items_in_batch)
-
-    if reduction != "none" and needs_grad and logits.dtype != torch.float16:
+    in_place = inplace_backward and needs_grad and not is_traced(logits)
+    if in_place:
+        check_inplace(logits, rows)
+    if reduction != "none" and needs_grad and logits.dtype != torch.float16 and shard is None:
         return operators.entropy_with_gradient(
-            rows,
-            weight,
-            divisor,
-            count,
-            row_temperature,
-            common_temperature,
-            backend=backend,
-            inplace_backward=inplace_backward,
+            rows, tokens.weight, reduce.divisor, tokens.temperature, backend, inplace_backward=in_place
         )
-
-    entropy, *_ = operators.row_statistics(
-        rows,
-        weight if weight is None else weight != 0,
-        row_temperature,
-        common_temperature,
-        backend=backend,
-        inplace_backward=inplace_backward,
+    place = Place(backend) if shard is None else Place(backend, shard.group)
+    statistics = operators.row_statistics(
+        rows, tokens.kept, tokens.temperature, None, Wanted(), place, inplace_backward=in_place
     )
-    return reductions.reduce(entropy, weight, divisor, count, reduction, logits.shape[:-1])
+    return reduce.of(statistics.entropy, tokens)
 
 
 class EntropyLoss(nn.Module):
@@ -109,7 +105,11 @@ class EntropyLoss(nn.Module):
         self.backend = backend
 
     def forward(
-        self, logits: Tensor, mask: Tensor | None = None, num_items_in_batch: int | Tensor | None = None
+        self,
+        logits: Tensor,
+        mask: Tensor | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        process_group: "dist.ProcessGroup | None" = None,
     ) -> Tensor:
         return entropy_loss(
             logits,
@@ -118,18 +118,9 @@ class EntropyLoss(nn.Module):
             reduction=self.reduction,
             num_items_in_batch=num_items_in_batch,
             inplace_backward=self.inplace_backward,
+            process_group=process_group,
             backend=self.backend,
         )
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}, reduction={self.reduction!r}, backend={self.backend!r}"
-
-
-def _overlaps(logits: Tensor) -> bool:
-    """Whether elements may share memory, as those of an expanded tensor do."""
-    reach = 1
-    for stride, size in sorted((stride, size) for size, stride in zip(logits.shape, logits.stride(), strict=True)):
-        if size > 1 and stride < reach:
-            return True
-        reach = max(reach, stride * size)
-    return False

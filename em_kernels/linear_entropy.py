@@ -1,12 +1,15 @@
 """linear_entropy_loss: the entropy loss from hidden states and the output projection, without the logits."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 
-from em_kernels import heads, inputs, reductions
-from em_kernels.ops import linear
+from em_kernels.arguments.projection import chunking_of, operands_of
+from em_kernels.arguments.reduction import reduction_of
+from em_kernels.arguments.sharding import check_divisor, local_per_token
+from em_kernels.arguments.tokens import tokens_of
+from em_kernels.ops.hidden import registered as operators
+from em_kernels.ops.types import Wanted
 
 
 def linear_entropy_loss(
@@ -22,6 +25,7 @@ def linear_entropy_loss(
     chunk_size: int | None = None,
     grad_tolerance: float = 0.0,
     logits_dtype: torch.dtype | None = None,
+    process_group: "dist.ProcessGroup | None" = None,
     backend: str | None = None,
 ) -> Tensor:
     """Token-level entropy of softmax(hidden @ weight.T / temperature), without ever holding the logits.
@@ -31,28 +35,39 @@ def linear_entropy_loss(
 
     Args:
         hidden: (..., D), float32, bfloat16, float16 or (backend "torch") float64: what the output projection is given.
-        weight: (V, D), of hidden's dtype: the output projection. Under torch.autocast both are cast to its dtype.
-        mask: (...), bool or integer (zero marks a token that does not count), or float: the weight w of each token, at
-            least 0. A token of weight 0 is not read and its gradient is 0; on the CPU it is left out of the matmuls, on
-            other devices it takes its time all the same. None counts every token.
+            A DTensor that is sharded along the tokens gives each rank the loss of its own tokens, for which "mean"
+            needs num_items_in_batch.
+        weight: (V, D), of hidden's dtype: the output projection. Under torch.autocast both are cast to its dtype. A
+            DTensor that is sharded along the rows, beside hidden states that are the same on every rank, is worked on
+            in parts; beside tokens of each rank's own, it is gathered.
+        mask: (...), bool or integer (0 marks a token that does not count, a positive number one that does), or float:
+            the weight w of each token, at least 0. A token of weight 0 is not read and its gradient is 0; on the CPU it
+            is left out of the matmuls, on other devices it takes its time all the same. A negative entry raises on the
+            CPU and gives NaN elsewhere. None counts every token.
         bias: (V,), of hidden's dtype, added to the logits.
-        softcap: c > 0: logits become c tanh(logits / c). In 16 bits that rounds several times: see logits_dtype.
+        softcap: c > 0: logits become c tanh(logits / c).
         temperature: tau > 0, a float or a tensor that broadcasts to hidden.shape[:-1]. No gradient flows to it.
         reduction: "mean" = sum(w H) / sum(w), "sum" = sum(w H), or "none" = w H. A mean over no tokens is 0.
-        num_items_in_batch: an int or 0-d tensor that replaces sum(w) as the divisor of "mean"; 0 leaves the sum.
-        chunk_size: tokens whose logits are held at a time; None takes what fits into 512 MB of scratch (on the
-            CPU, 128 MB, or 224 MB with grad_tolerance).
+        num_items_in_batch: an int or a tensor of one element that replaces sum(w) as the divisor of "mean"; 0 leaves
+            the sum.
+        chunk_size: tokens whose logits are held at a time, the same on every rank that shares the vocabulary; None
+            takes what fits into 512 MB of scratch (on the CPU, 128 MB, or 224 MB with grad_tolerance; 1,024 with a
+            sharded vocabulary).
         grad_tolerance: entries of the logits' gradient, before the division by sum(w), that may be left out of the
             gradients; see below. 0 leaves out nothing.
-        logits_dtype: torch.float32 keeps the float32 result of a 16-bit matmul unrounded, for twice the scratch; None
-            rounds it to hidden's dtype.
-        backend: "triton", "torch", or None to choose by hidden's device and dtype.
+        logits_dtype: None and torch.float32 keep the float32 result of a 16-bit matmul unrounded. The dtype of 16-bit
+            hidden states rounds it, for a third of the scratch and an error of some per cent in both gradients.
+        process_group: the ranks that share the vocabulary: `weight` and `bias` hold this rank's rows, in rank order,
+            and every other argument is the same on all of them. Every rank gets the same loss and the whole gradient of
+            hidden.
+        backend: "triton", "native", "torch", or None to choose by hidden's device and dtype.
 
     Returns:
         float32 (float64 for float64 hidden): a scalar, or shape (...) with "none".
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
+        RuntimeError: a gradient of the gradient, a forward-mode derivative or a torch.func transform is asked for.
 
     What `grad_tolerance` bounds: with G the logits' gradient before the division by S (sum(w) for "mean", 1 otherwise),
     every entry left out has |G_ij| <= grad_tolerance, since whole rows and columns of a chunk are left out, and only
@@ -66,32 +81,27 @@ def linear_entropy_loss(
     GPU the number of rows and columns left costs a synchronisation a chunk. Nothing is left out of a chunk where more
     than half of it would stay.
     """
-    hidden, head, chunk_size = heads.prepare(hidden, weight, bias, softcap, logits_dtype, chunk_size)
-    reductions.check_reduction(reduction, num_items_in_batch)
-    inputs.check_number("grad_tolerance", grad_tolerance)
-    if not 0 <= grad_tolerance < float("inf"):
-        raise ValueError(f"grad_tolerance is {grad_tolerance}, expected a finite number of at least 0")
-    row_weight = None if mask is None else inputs.flatten_mask(mask, hidden, "hidden")
-    temperatures = inputs.flatten_temperature(temperature, hidden, "hidden")
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    options: dict[str, Any] = {
-        "chunk_size": chunk_size,
-        "grad_tolerance": float(grad_tolerance),
-        "backend": inputs.choose_backend(backend, hidden),
-    }
-
-    needs = linear.Needs(
-        *(x is not None and x.requires_grad and torch.is_grad_enabled() for x in (hidden, head.weight, head.bias))
+    operands = operands_of(
+        hidden, weight, bias, softcap=softcap, logits_dtype=logits_dtype, process_group=process_group
     )
-    divisor, count = reductions.divisor_of(reduction, hidden, row_weight, num_items_in_batch)
-    if reduction != "none" and any(needs):
-        return linear.entropy_with_gradient(
-            rows, head, row_weight, divisor, count, *temperatures, needs=needs, **options
-        )
+    chunking = chunking_of(operands, chunk_size, grad_tolerance)
+    source, layout = operands.source, operands.layout
+    tokens = tokens_of(
+        source, local_per_token("mask", mask, layout), local_per_token("temperature", temperature, layout)
+    )
+    check_divisor(reduction, num_items_in_batch, layout)
+    reduce = reduction_of(reduction, num_items_in_batch, tokens, source)
+    place = operands.place(backend)
 
-    kept = None if row_weight is None else row_weight != 0
-    entropy, *_ = linear.row_statistics(rows, head, kept, *temperatures, **options)
-    return reductions.reduce(entropy, row_weight, divisor, count, reduction, hidden.shape[:-1])
+    needs_grad = any(x is not None and x.requires_grad for x in (operands.rows, *operands.head[:2]))
+    if reduction != "none" and needs_grad and torch.is_grad_enabled():
+        return operators.entropy_with_gradient(
+            operands.rows, operands.head, tokens.weight, reduce.divisor, tokens.temperature, chunking, place
+        )
+    statistics = operators.row_statistics(
+        operands.rows, operands.head, tokens.kept, tokens.temperature, None, Wanted(), chunking, place
+    )
+    return reduce.of(statistics.entropy, tokens)
 
 
 class LinearEntropyLoss(nn.Module):
@@ -124,6 +134,7 @@ class LinearEntropyLoss(nn.Module):
         mask: Tensor | None = None,
         bias: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
+        process_group: "dist.ProcessGroup | None" = None,
     ) -> Tensor:
         return linear_entropy_loss(
             hidden,
@@ -137,6 +148,7 @@ class LinearEntropyLoss(nn.Module):
             chunk_size=self.chunk_size,
             grad_tolerance=self.grad_tolerance,
             logits_dtype=self.logits_dtype,
+            process_group=process_group,
             backend=self.backend,
         )
 

@@ -1,30 +1,48 @@
-"""token_stats and linear_token_stats: entropy, log-sum-exp, log-probability and varentropy of every token."""
+"""Entropy, log-sum-exp, log-probability, varentropy and more of every token, from logits or from hidden states."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
-from em_kernels import heads, inputs
-from em_kernels.ops import linear, operators
+from em_kernels.arguments.checks import check_logits, choose_backend
+from em_kernels.arguments.projection import Operands, chunking_of, operands_of
+from em_kernels.arguments.sharding import local_logits, local_per_token
+from em_kernels.arguments.tokens import Source, rows_of_logits, rows_of_target, tokens_of
+from em_kernels.ops import logits as logits_operators
+from em_kernels.ops.hidden import registered as hidden_operators
+from em_kernels.ops.sharded import Place
+from em_kernels.ops.types import EXTRA, Statistics, Wanted
 
 
 class TokenStats(NamedTuple):
     """Per-token statistics of softmax(logits / temperature), float32 (float64 for float64 logits), shape (...).
 
-    With l_j the log-probability of token j and p_j = exp(l_j):
+    With l_j the log-probability of token j and p_j = exp(l_j). The last four fields have no gradient and are None
+    unless `extra` asks for them.
 
     Attributes:
         entropy: H = -sum_j p_j l_j, in nats.
         lse: log sum_j exp(logits_j / temperature).
         logprob: l_target, or None where no target was given.
         varentropy: V = sum_j p_j (l_j + H)^2, the variance of the surprise, in nats squared.
+        max_prob: max_j p_j.
+        top1: 1 where the target is the most likely token, or one of several, and 0 where it is not.
+        mean_logprob: (1/V) sum_j l_j, V the size of the vocabulary; its negative less log V is the self-certainty that
+            INTUITOR rewards (arXiv 2505.19590).
+        collision: sum_j p_j^2, the probability that two draws agree.
     """
 
     entropy: Tensor
     lse: Tensor
     logprob: Tensor | None
     varentropy: Tensor
+    max_prob: Tensor | None = None
+    top1: Tensor | None = None
+    mean_logprob: Tensor | None = None
+    collision: Tensor | None = None
 
 
 def token_stats(
@@ -33,6 +51,8 @@ def token_stats(
     *,
     mask: Tensor | None = None,
     temperature: float | Tensor = 1.0,
+    extra: Sequence[str] = (),
+    process_group: "dist.ProcessGroup | None" = None,
     backend: str | None = None,
 ) -> TokenStats:
     """Entropy, log-sum-exp, log-probability and varentropy of each token, each differentiable.
@@ -41,35 +61,33 @@ def token_stats(
     statistics the loss is made of. Saved for backward: the logits and a few numbers per token.
 
     Args:
-        logits: (..., V), float32, bfloat16, float16 or (backend "torch") float64; any strides.
+        logits: (..., V), float32, bfloat16, float16 or (backend "torch") float64; any strides. A DTensor that is
+            sharded along the vocabulary is worked on in parts, one that is sharded along the tokens gives each rank the
+            statistics of its own tokens.
         target: (...), integers in [0, V): the token whose log-probability is wanted. Not looked at where masked. An
-            entry out of range raises on the CPU; on a GPU, where seeing it would cost a synchronisation, it gives NaN.
-        mask: (...), bool, integer or float; zero marks a token that is not read, is 0 in every field, and gets no
-            gradient. None keeps every token.
+            entry out of range raises on the CPU; on a GPU, where seeing it would cost a synchronisation, every
+            statistic of its token is NaN.
+        mask: (...), bool, integer or float; 0 marks a token that is not read, is 0 in every field, and gets no
+            gradient. A negative entry raises on the CPU and gives NaN elsewhere. None keeps every token.
         temperature: tau > 0, a float or a tensor that broadcasts to logits.shape[:-1]. No gradient flows to it.
-        backend: "triton", "torch", or None to choose by the logits' device and dtype.
+        extra: any of "max_prob", "top1" (needs a target), "mean_logprob", "collision": fields of the result without a
+            gradient, from the same pass over the logits.
+        process_group: the ranks that share the vocabulary: `logits` hold this rank's columns, in rank order; targets
+            are those of the whole vocabulary, and every argument but the logits is the same on all ranks.
+        backend: "triton", "native", "torch", or None to choose by the logits' device and dtype.
 
     Returns:
-        TokenStats, each field of shape (...).
+        TokenStats, each field of shape (...), the same on every rank.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
+        RuntimeError: a gradient of the gradient, a forward-mode derivative or a torch.func transform is asked for.
 
     The gradient, with g the upstream gradient of each field and u_j = l_j + H, is
     (1/tau) [p_j (g_lse - g_logprob - g_V V + (2 g_V - g_H) u_j + g_V u_j^2) + g_logprob [j = target]].
     """
-    inputs.check_logits(logits)
-    mask = None if mask is None else inputs.flatten_mask(mask, logits) != 0
-    target = None if target is None else inputs.flatten_target(target, logits, mask, logits.shape[-1])
-    statistics = operators.row_statistics(
-        inputs.flatten_logits(logits),
-        mask,
-        *inputs.flatten_temperature(temperature, logits),
-        target,
-        varentropy=True,
-        backend=inputs.choose_backend(backend, logits),
-    )
-    return _token_stats(statistics, target, logits.shape[:-1])
+    statistics, shape = _of_logits(logits, target, mask, temperature, _wanted(extra, target), process_group, backend)
+    return _token_stats(statistics, shape, extra)
 
 
 def linear_token_stats(
@@ -81,8 +99,10 @@ def linear_token_stats(
     bias: Tensor | None = None,
     softcap: float | None = None,
     temperature: float | Tensor = 1.0,
+    extra: Sequence[str] = (),
     chunk_size: int | None = None,
     logits_dtype: torch.dtype | None = None,
+    process_group: "dist.ProcessGroup | None" = None,
     backend: str | None = None,
 ) -> TokenStats:
     """`token_stats(hidden @ weight.T, target)` without ever holding the logits: a chunk of tokens at a time.
@@ -93,55 +113,53 @@ def linear_token_stats(
     Args:
         hidden: (..., D), float32, bfloat16, float16 or (backend "torch") float64: what the output projection is given.
         weight: (V, D), of hidden's dtype: the output projection. Under torch.autocast both are cast to its dtype.
+            DTensors of both are taken as `linear_entropy_loss` takes them.
         target: (...), integers in [0, V), as in `token_stats`.
-        mask: (...), bool, integer or float; zero marks a token that is not read, is 0 in every field, and gets no
-            gradient. None keeps every token.
+        mask: (...), bool, integer or float, as in `token_stats`.
         bias: (V,), of hidden's dtype, added to the logits.
         softcap: c > 0: logits become c tanh(logits / c).
         temperature: tau > 0, a float or a tensor that broadcasts to hidden.shape[:-1]. No gradient flows to it.
-        chunk_size: tokens whose logits are held at a time; None takes what fits into 512 MB of scratch (on the
-            CPU, 128 MB).
-        logits_dtype: torch.float32 keeps the float32 result of a 16-bit matmul unrounded; None rounds it to hidden's
-            dtype.
-        backend: "triton", "torch", or None to choose by hidden's device and dtype.
+        extra: any of "max_prob", "top1", "mean_logprob", "collision", as in `token_stats`.
+        chunk_size: tokens whose logits are held at a time, the same on every rank that shares the vocabulary; None
+            takes what fits into 512 MB of scratch (on the CPU, 128 MB; 1,024 with a sharded vocabulary).
+        logits_dtype: None and torch.float32 keep the float32 result of a 16-bit matmul unrounded; the dtype of 16-bit
+            hidden states rounds it.
+        process_group: the ranks that share the vocabulary: `weight` and `bias` hold this rank's rows, in rank order,
+            and every other argument is the same on all of them.
+        backend: "triton", "native", "torch", or None to choose by hidden's device and dtype.
 
     Returns:
-        TokenStats, each field of shape (...), differentiable by hidden, weight and bias.
+        TokenStats, each field of shape (...), differentiable by hidden, weight and bias; the same on every rank.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
+        RuntimeError: a gradient of the gradient, a forward-mode derivative or a torch.func transform is asked for.
     """
-    hidden, head, chunk_size = heads.prepare(hidden, weight, bias, softcap, logits_dtype, chunk_size)
-    mask = None if mask is None else inputs.flatten_mask(mask, hidden, "hidden") != 0
-    target = None if target is None else inputs.flatten_target(target, hidden, mask, len(weight), "hidden")
-    statistics = linear.row_statistics(
-        hidden.reshape(-1, hidden.shape[-1]),
-        head,
-        mask,
-        *inputs.flatten_temperature(temperature, hidden, "hidden"),
-        target,
-        varentropy=True,
-        chunk_size=chunk_size,
-        backend=inputs.choose_backend(backend, hidden),
+    wanted = _wanted(extra, target)
+    operands = operands_of(
+        hidden, weight, bias, softcap=softcap, logits_dtype=logits_dtype, process_group=process_group
     )
-    return _token_stats(statistics, target, hidden.shape[:-1])
+    statistics = _of_operands(operands, target, mask, temperature, wanted, chunk_size, backend)
+    return _token_stats(statistics, operands.source.shape, extra)
 
 
 @torch.no_grad()
 def token_entropy(
     logits: Tensor,
-    *,
     mask: Tensor | None = None,
+    *,
     temperature: float | Tensor = 1.0,
+    process_group: "dist.ProcessGroup | None" = None,
     backend: str | None = None,
 ) -> Tensor:
     """Entropy of each token in nats, without a gradient: for monitoring.
 
     Args:
         logits: (..., V), as in `token_stats`.
-        mask: (...), bool, integer or float; zero marks a token that is not read and whose entropy is 0.
+        mask: (...), bool, integer or float; 0 marks a token that is not read and whose entropy is 0.
         temperature: tau > 0, a float or a tensor that broadcasts to logits.shape[:-1].
-        backend: "triton", "torch", or None to choose by the logits' device and dtype.
+        process_group: the ranks that share the vocabulary, as in `token_stats`.
+        backend: "triton", "native", "torch", or None to choose by the logits' device and dtype.
 
     Returns:
         H of softmax(logits / temperature), float32 (float64 for float64 logits), shape (...).
@@ -149,23 +167,106 @@ def token_entropy(
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
     """
-    inputs.check_logits(logits)
-    entropy, *_ = operators.row_statistics(
-        inputs.flatten_logits(logits),
-        None if mask is None else inputs.flatten_mask(mask, logits) != 0,
-        *inputs.flatten_temperature(temperature, logits),
-        backend=inputs.choose_backend(backend, logits),
-    )
-    return entropy.view(logits.shape[:-1])
+    statistics, shape = _of_logits(logits, None, mask, temperature, Wanted(), process_group, backend)
+    return statistics.entropy.view(shape)
 
 
-def _token_stats(
-    statistics: tuple[Tensor, Tensor, Tensor, Tensor], target: Tensor | None, shape: torch.Size
-) -> TokenStats:
-    entropy, lse, logprob, varentropy = statistics
-    return TokenStats(
-        entropy.view(shape),
-        lse.view(shape),
-        None if target is None else logprob.view(shape),
-        varentropy.view(shape),
+@torch.no_grad()
+def linear_token_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    mask: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    temperature: float | Tensor = 1.0,
+    chunk_size: int | None = None,
+    logits_dtype: torch.dtype | None = None,
+    process_group: "dist.ProcessGroup | None" = None,
+    backend: str | None = None,
+) -> Tensor:
+    """`token_entropy(hidden @ weight.T, mask)` without ever holding the logits: a chunk of tokens at a time.
+
+    Args:
+        hidden, weight, bias, softcap, chunk_size, logits_dtype, process_group: as in `linear_token_stats`.
+        mask: (...), bool, integer or float; 0 marks a token that is not read and whose entropy is 0.
+        temperature: tau > 0, a float or a tensor that broadcasts to hidden.shape[:-1].
+        backend: "triton", "native", "torch", or None to choose by hidden's device and dtype.
+
+    Returns:
+        H of softmax(logits / temperature), float32 (float64 for float64 hidden), shape (...).
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+    """
+    operands = operands_of(
+        hidden, weight, bias, softcap=softcap, logits_dtype=logits_dtype, process_group=process_group
     )
+    statistics = _of_operands(operands, None, mask, temperature, Wanted(), chunk_size, backend)
+    return statistics.entropy.view(operands.source.shape)
+
+
+def _of_logits(
+    logits: Tensor,
+    target: Tensor | None,
+    mask: Tensor | None,
+    temperature: float | Tensor,
+    wanted: Wanted,
+    process_group: "dist.ProcessGroup | None",
+    backend: str | None,
+) -> tuple[Statistics, torch.Size]:
+    logits, shard, layout = local_logits(logits, process_group)
+    check_logits(logits, sharded=shard is not None)
+    source = Source("logits", logits)
+    mask, target, temperature = (
+        local_per_token(name, value, layout)
+        for name, value in (("mask", mask), ("target", target), ("temperature", temperature))
+    )
+    tokens = tokens_of(source, mask, temperature)
+    target = rows_of_target(target, source, tokens.kept, logits.shape[-1], shard)
+    backend = choose_backend(backend, logits.device, logits.dtype)
+    place = Place(backend) if shard is None else Place(backend, shard.group)
+    rows = rows_of_logits(logits)
+    return logits_operators.row_statistics(rows, tokens.kept, tokens.temperature, target, wanted, place), source.shape
+
+
+def _of_operands(
+    operands: Operands,
+    target: Tensor | None,
+    mask: Tensor | None,
+    temperature: float | Tensor,
+    wanted: Wanted,
+    chunk_size: int | None,
+    backend: str | None,
+) -> Statistics:
+    source, head, layout = operands.source, operands.head, operands.layout
+    mask, target, temperature = (
+        local_per_token(name, value, layout)
+        for name, value in (("mask", mask), ("target", target), ("temperature", temperature))
+    )
+    tokens = tokens_of(source, mask, temperature)
+    target = rows_of_target(target, source, tokens.kept, head.weight.shape[0], operands.shard)
+    chunking = chunking_of(operands, chunk_size)
+    return hidden_operators.row_statistics(
+        operands.rows, head, tokens.kept, tokens.temperature, target, wanted, chunking, operands.place(backend)
+    )
+
+
+def _wanted(extra: Sequence[str], target: Tensor | None) -> Wanted:
+    if isinstance(extra, str):
+        raise TypeError(f"extra is the string {extra!r}, expected a sequence of names")
+    for name in extra:
+        if name not in EXTRA:
+            raise ValueError(f"extra has {name!r}, expected any of {', '.join(map(repr, EXTRA))}")
+    if "top1" in extra and target is None:
+        raise ValueError("extra has 'top1', whether the target is the most likely token, and no target is given")
+    return Wanted(second_moment=True, extra=len(extra) > 0)
+
+
+def _token_stats(statistics: Statistics, shape: torch.Size, extra: Sequence[str]) -> TokenStats:
+    def shaped(field: Any) -> Any:
+        return None if field is None else field.view(shape)
+
+    *fields, extras = statistics
+    asked = {} if extras is None else {name: shaped(extras[EXTRA.index(name)]) for name in extra}
+    return TokenStats(*map(shaped, fields), **asked)

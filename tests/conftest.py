@@ -11,15 +11,16 @@ if not torch.cuda.is_available():
 
 import numpy as np
 import pytest
+from ranks import Worlds
 
-from em_kernels.ops import backends, native_cpu, operators
+from em_kernels.ops import backend, types
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Two workers with two threads each on two cores spend their time waiting for each other.
     torch.set_num_threads(1)
 
-# "pytorch off cpu" is what runs on a device whose values the host must not look at: no row is left out of a block.
-IMPLEMENTATIONS = ("pytorch", "pytorch off cpu", "compiled", "triton")
+# "torch off cpu" is what runs on a device whose values the host must not look at: no row is left out of a block.
+IMPLEMENTATIONS = ("torch", "torch off cpu", "native", "triton")
 
 
 class Implementation:
@@ -27,8 +28,8 @@ class Implementation:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.backend = "triton" if name == "triton" else "torch"
-        on_gpu = name in ("triton", "pytorch off cpu") and torch.cuda.is_available()
+        self.backend = name.partition(" ")[0]
+        on_gpu = name in ("triton", "torch off cpu") and torch.cuda.is_available()
         self.device = "cuda" if on_gpu else "cpu"
 
     @property
@@ -36,25 +37,22 @@ class Implementation:
         return self.name == "triton" and self.device == "cpu"
 
     def skip_dtype(self, dtype: torch.dtype) -> None:
-        if self.name == "compiled" and dtype != torch.float32:
-            pytest.skip("the compiled CPU kernels are float32; PyTorch serves the other dtypes")
-        if self.name == "triton" and dtype == torch.float64:
-            pytest.skip("the Triton kernels compute in float32")
+        """Skips the test where the backend has no kernel for logits of this dtype."""
+        reason = backend.unavailable_reason(self.backend, torch.device(self.device), dtype)
+        if reason is not None:
+            pytest.skip(reason)
+
+    def skip_hidden_dtype(self, dtype: torch.dtype) -> None:
+        """The same for hidden states of this dtype, whose logits are float32 unless they are asked to be rounded."""
+        self.skip_dtype(types.statistics_dtype(dtype))
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
 def implementation(request, monkeypatch):
     this = Implementation(request.param)
-    if this.name == "compiled" and native_cpu.unavailable_reason():
-        pytest.skip(native_cpu.unavailable_reason())
-    if this.name.startswith("pytorch"):
-        monkeypatch.setattr(native_cpu, "unavailable_reason", lambda: "switched off by the test")
-    if this.name == "pytorch off cpu" and this.device == "cpu":
-        monkeypatch.setattr(operators, "host_sees", lambda _: False)
-    if this.name == "triton":
-        reason = backends.unavailable_reason("triton", torch.device(this.device))
-        if reason:
-            pytest.skip(reason)
+    this.skip_dtype(torch.float32)
+    if this.name == "torch off cpu" and this.device == "cpu":
+        monkeypatch.setattr(types, "host_sees", lambda _: False)
     return this
 
 
@@ -70,6 +68,13 @@ def interpreter_fuses_multiply_and_add():
         return interpreter.TensorHandle(exact.astype(np.float32), z.dtype.scalar)
 
     interpreter.InterpreterBuilder.create_fma = create_fma
+
+
+@pytest.fixture(scope="session")
+def worlds():
+    started = Worlds()
+    yield started
+    started.stop()
 
 
 @pytest.fixture(autouse=True)

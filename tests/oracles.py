@@ -1,9 +1,8 @@
 """Comparison with the float64 reference, at the accuracy that is promised."""
 
+import reference
 import torch
 from torch import Tensor
-
-from em_kernels.ops import reference
 
 # Mantissa bits, which decide the unit in the last place.
 _MANTISSA = {torch.bfloat16: 7, torch.float16: 10}

@@ -185,7 +185,7 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     assert re.search(rf"^em_kernels +{re.escape(__version__)}$", said, re.MULTILINE)
     assert re.search(rf"^torch +{re.escape(importlib.metadata.version('torch'))}$", said, re.MULTILINE)
-    assert re.search(r"^backends on cpu$\n^  triton +\S.*\n^  cuda +\S.*\n^  torch +runs$", said, re.MULTILINE)
+    assert re.search(r"^backends on cpu$\n^  triton +\S.*\n^  native +\S.*\n^  torch +runs$", said, re.MULTILINE)
 
 
 @pytest.mark.parametrize("argument", ["--help", "info"])

@@ -7,7 +7,7 @@ import torch
 from oracles import assert_entropy, assert_gradient, reference_loss
 
 from em_kernels import EntropyLoss, entropy_loss
-from em_kernels.ops import triton_entropy
+from em_kernels.ops import backend
 
 INF, NAN = float("inf"), float("nan")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -41,10 +41,12 @@ def check(implementation, logits, mask=None, upstream=1.0, inplace_backward=Fals
 
 
 @pytest.fixture(params=["program a row", "split rows"])
-def rows_split(request, monkeypatch):
+def rows_split(request, monkeypatch, implementation):
     """Whether the Triton launcher splits rows over programs, as it does for a few long ones."""
     if request.param == "split rows":
-        monkeypatch.setattr(triton_entropy, "_SHORT_ROW_BYTES", 0)
+        if implementation.name != "triton":
+            pytest.skip("only the Triton launcher splits rows")
+        monkeypatch.setattr(backend.implementation("triton"), "_SHORT_ROW_BYTES", 0)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -378,7 +380,7 @@ def test_higher_order_gradients_are_an_error(implementation, reduction):
     logits = make_logits(implementation, 3, 50).requires_grad_()
     loss = (entropy_loss(logits, reduction=reduction, backend=implementation.backend) ** 2).sum()
     (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="no derivative of its gradients"):
         gradient.sum().backward()
 
 
@@ -390,7 +392,7 @@ def test_higher_order_gradients_are_an_error_of_a_tensor_subclass_too(implementa
     logits = make_logits(implementation, 3, 50).as_subclass(Subclass).requires_grad_()
     loss = (entropy_loss(logits, reduction=reduction, backend=implementation.backend) ** 2).sum()
     (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="no derivative of its gradients"):
         gradient.sum().backward()
 
 
@@ -398,9 +400,7 @@ def test_no_gradient_is_computed_where_none_is_asked_for(implementation, monkeyp
     def refuse(*_):
         raise AssertionError("a gradient was computed")
 
-    from em_kernels.ops import operators
-
-    module = operators.implementation(implementation.backend)
+    module = backend.implementation(implementation.backend)
     monkeypatch.setattr(module, "entropy_with_gradient", refuse)
     monkeypatch.setattr(module, "row_gradient", refuse)
     logits = make_logits(implementation, 3, 50)

@@ -11,7 +11,7 @@ from oracles import assert_entropy, assert_gradient, reference_loss
 from em_kernels import entropy_loss, linear_entropy_loss
 
 # A run of the interpreter takes 50 ms, of the others 1 ms.
-EXAMPLES = {"pytorch": 150, "pytorch off cpu": 150, "compiled": 150, "triton": 25}
+EXAMPLES = {"torch": 150, "torch off cpu": 150, "native": 150, "triton": 25}
 
 
 @st.composite

@@ -12,11 +12,10 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from em_kernels import entropy_loss, linear_entropy_loss, linear_token_stats, token_entropy
+from em_kernels import entropy_loss, linear_entropy_loss, linear_token_entropy, token_entropy
 from em_kernels.one_shot.errors import UsageError
 from em_kernels.one_shot.metrics import DECIDED, StepStats
 from em_kernels.one_shot.policy import Policy
-from em_kernels.one_shot.policy.head import OutputHead
 from em_kernels.one_shot.policy.rollout import Rollout
 from em_kernels.one_shot.policy.scoring import set_scoring_mode
 
@@ -73,12 +72,7 @@ def _backward(policy: Policy, part: Rollout, temperature: float, share: Tensor) 
             loss = entropy_loss(logits, mask, temperature=temperature, num_items_in_batch=share, inplace_backward=True)
         else:
             hidden = policy.completion_hidden(part)[mask]
-            entropy = _entropy(hidden, policy.head)
+            entropy = linear_token_entropy(hidden, **policy.head.arguments(1.0))
             loss = linear_entropy_loss(hidden, **policy.head.arguments(temperature), num_items_in_batch=share)
     loss.backward()
     return torch.stack([loss.detach(), entropy.sum(), (entropy < DECIDED).sum()])
-
-
-@torch.no_grad()
-def _entropy(hidden: Tensor, head: OutputHead) -> Tensor:
-    return linear_token_stats(hidden, **head.arguments(1.0)).entropy

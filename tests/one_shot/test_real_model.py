@@ -4,6 +4,7 @@ import copy
 from typing import Any
 
 import pytest
+import reference
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -17,7 +18,6 @@ from em_kernels.one_shot.policy.chat import encode_chats
 from em_kernels.one_shot.policy.head import find_head
 from em_kernels.one_shot.policy.model import load_model
 from em_kernels.one_shot.policy.rollout import Rollout
-from em_kernels.ops import reference
 
 TAU = 0.5
 
@@ -72,6 +72,27 @@ def test_gradients_of_the_head_are_those_of_float64(real: tuple[Any, Rollout], g
         assert ours.grad is not None
         assert theirs.grad is not None
         assert _difference(ours.grad, theirs.grad) < (1e-5 if grad_tolerance == 0 else 1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_operands_of_16_bits_lose_no_more_than_one_rounding(real: tuple[Any, Rollout], dtype: torch.dtype) -> None:
+    model, rollout = real
+    head = find_head(model)
+    with torch.no_grad():
+        hidden = Policy(model, None, head).completion_hidden(rollout)[rollout.completion_mask]
+    operands = [x.detach().to(dtype).requires_grad_() for x in (hidden, head.module.weight)]
+    exact = [x.detach().double().requires_grad_() for x in operands]
+    expected = reference.entropy_loss(exact[0] @ exact[1].T, temperature=TAU)
+    expected.backward()
+    # Gradients of a mean over tokens that are decided are below float16's numbers without a loss scale.
+    scale = 2.0**10
+    loss = linear_entropy_loss(*operands, temperature=TAU, chunk_size=20)
+    (loss * scale).backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=0, abs=1e-6)
+    for ours, theirs in zip(operands, exact, strict=True):
+        assert ours.grad is not None
+        assert theirs.grad is not None
+        assert _difference(ours.grad.double() / scale, theirs.grad) < 3e-3
 
 
 @pytest.mark.parametrize("grad_tolerance", [1e-6, 1e-3])

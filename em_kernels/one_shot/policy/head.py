@@ -31,7 +31,7 @@ class OutputHead:
     softcap: float | None
 
     def arguments(self, temperature: float) -> dict[str, Any]:
-        """The keyword arguments that describe this head to `linear_entropy_loss` and `linear_token_stats`."""
+        """The keyword arguments that describe this head to the linear functions of em_kernels."""
         return {
             "weight": self.module.weight,
             "bias": self.module.bias,

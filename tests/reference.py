@@ -20,6 +20,13 @@ class RowStatistics(NamedTuple):
     varentropy: Tensor
 
 
+class ExtraStatistics(NamedTuple):
+    max_prob: Tensor
+    top1: Tensor | None
+    mean_logprob: Tensor
+    collision: Tensor
+
+
 def row_statistics(logits: Tensor, target: Tensor | None = None, *, temperature: float | Tensor = 1.0) -> RowStatistics:
     """Statistics of softmax(logits / temperature) along the last dimension, in float64."""
     z = logits.double()
@@ -37,6 +44,22 @@ def row_statistics(logits: Tensor, target: Tensor | None = None, *, temperature:
     entropy = -(p * logp).sum(dim=-1)
     varentropy = (p * (logp + entropy.unsqueeze(-1)) ** 2).sum(dim=-1)
     return RowStatistics(entropy, lse, logprob, varentropy)
+
+
+def extra_statistics(
+    logits: Tensor, target: Tensor | None = None, *, temperature: float | Tensor = 1.0
+) -> ExtraStatistics:
+    """max p_j, whether the target's logit is the largest, sum_j log p_j / V and sum_j p_j^2, in float64."""
+    z = logits.double()
+    if isinstance(temperature, Tensor):
+        temperature = temperature.double().unsqueeze(-1)
+    logp = (z / temperature).log_softmax(dim=-1)
+    p = logp.exp()
+    top1 = None
+    if target is not None:
+        is_largest = z.gather(-1, target.long().unsqueeze(-1)).squeeze(-1) == z.amax(dim=-1)
+        top1 = torch.where(p.sum(dim=-1).isnan(), torch.nan, is_largest.double())
+    return ExtraStatistics(p.amax(dim=-1), top1, logp.mean(dim=-1), p.square().sum(dim=-1))
 
 
 def entropy_loss(

@@ -3,9 +3,10 @@
 import pytest
 import torch
 import torch._dynamo
+from opchecks import opcheck_loss
 
 from em_kernels import linear_entropy_loss, linear_token_stats
-from em_kernels.ops import linear
+from em_kernels.ops.hidden import matmul, registered
 
 
 @pytest.fixture
@@ -28,40 +29,36 @@ def test_opcheck_entropy_with_gradient(implementation, operands, extras, needs):
     o = {k: v.detach() if k in ("hidden", "weight", "bias") and not needed else v
          for (k, v), needed in zip(operands.items(), (*needs, *[True] * 4), strict=True)}  # fmt: skip
     if extras:
-        rest = (o["bias"], 5.0, False, o["mask"], o["divisor"], 1, o["temperature"], 1.0, 4, 1e-3)
+        rest = (o["bias"], 5.0, torch.float32, o["mask"], o["divisor"], 1, o["temperature"], 1.0, 4, 1e-3)
     else:
         needs = (*needs[:2], False)
-        rest = (None, None, False, None, None, 3, None, 0.7, 100, 0.0)
-    torch.library.opcheck(
-        linear._entropy_with_gradient_op, (o["hidden"], o["weight"], *rest, *needs, implementation.backend)
-    )
+        rest = (None, None, torch.float32, None, None, 3, None, 0.7, 100, 0.0)
+    opcheck_loss(registered._entropy_op, (o["hidden"], o["weight"], *rest, list(needs), implementation.backend, ""))
 
 
 @pytest.mark.parametrize("extras", [False, True])
 def test_opcheck_row_statistics(implementation, operands, extras):
     o = operands
     if extras:
-        rest = (o["bias"], 5.0, False, o["mask"], o["temperature"], 1.0, o["target"], True, 4, 0.0)
+        wanted = (True, True)
+        rest = (o["bias"], 5.0, torch.float32, o["mask"], o["temperature"], 1.0, o["target"], *wanted, 4, 0.0)
     else:
-        rest = (None, None, False, None, None, 0.7, None, False, 100, 0.0)
-    torch.library.opcheck(linear._row_statistics_op, (o["hidden"], o["weight"], *rest, implementation.backend))
+        rest = (None, None, torch.float32, None, None, 0.7, None, False, False, 100, 0.0)
+    torch.library.opcheck(registered._statistics_op, (o["hidden"], o["weight"], *rest, implementation.backend, ""))
 
 
 def test_opcheck_row_gradient(implementation, operands):
     o = {k: v.detach() for k, v in operands.items()}
-    head = (o["weight"], o["bias"], None, False)
-    *_, varentropy, saved = linear._row_statistics_op(
-        o["hidden"], *head, o["mask"], None, 0.7, o["target"], True, 4, 0.0, implementation.backend
+    head = (o["weight"], o["bias"], None, torch.float32)
+    *_, saved = registered._statistics_op(
+        o["hidden"], *head, o["mask"], None, 0.7, o["target"], True, False, 4, 0.0, implementation.backend, ""
     )
     upstream = torch.randn(4, 6, device=implementation.device)
     for used in ((True,) * 4, (True, False, False, False)):
-        grads = (g if u else None for g, u in zip(upstream, used, strict=True))
+        grads = [g if u else None for g, u in zip(upstream, used, strict=True)]
         torch.library.opcheck(
-            linear._row_gradient_op,
-            (
-                *(o["hidden"], *head, saved, varentropy, o["target"], *grads),
-                *(4, 0.0, True, True, True, implementation.backend),
-            ),
+            registered._gradients_op,
+            (o["hidden"], *head, saved, o["target"], grads, 4, 0.0, [True] * 3, implementation.backend, ""),
         )
 
 
@@ -82,7 +79,7 @@ FUNCTIONS = {
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", "native", "triton"])
 def test_compiles_whole_with_dynamic_shapes(fresh_compiler, name, backend):
     compiled = torch.compile(FUNCTIONS[name], fullgraph=True, backend="aot_eager")
     device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
@@ -109,12 +106,12 @@ def test_matmuls_of_16_bits_keep_their_float32(dtype):
     total = torch.randn(512, 64, device="cuda")
     # Rows as they lie in the scratch, and a total that has something in it.
     logits = torch.empty(256, 576, device="cuda")[:, :512]
-    linear._matmul(h, weight.T, out=logits)
+    matmul.project(h, weight, None, out=logits)
     expected_total = total.double() + gradient.double().T @ h.double()
-    linear._add_transposed_product(total, gradient, h)
+    matmul.add_transposed_product(total, gradient, h)
     for actual, expected in (
         (logits, h.double() @ weight.double().T),
-        (linear._float32_product(gradient, weight), gradient.double() @ weight.double()),
+        (matmul.float32_product(gradient, weight), gradient.double() @ weight.double()),
         (total, expected_total),
     ):
         torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-3)

@@ -1,9 +1,9 @@
 """Compiles what the Triton launchers launch, for a target named on the command line, without a GPU.
 
 The launchers themselves run, on small CPU tensors, over every choice they have; only the launch is replaced, by a
-compilation. Prints a JSON line a kernel compiled: its name, what it was compiled for, and the resources it takes.
+compilation. The output is a JSON line a kernel compiled: its name, what it was compiled for, and its resources.
 
-    python tests/ops/compile_triton.py cuda:90
+    python tests/ops/backends/compile_triton.py cuda:90
 """
 
 import itertools
@@ -19,7 +19,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from em_kernels.ops import triton_entropy
+from em_kernels.ops.backends.triton import launch
+from em_kernels.ops.types import Divisor, Saved, Temperature, Upstream, Wanted
 
 TARGETS = {
     "cuda:80": GPUTarget("cuda", 80, 32),
@@ -30,7 +31,7 @@ TARGETS = {
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # One vocabulary for each tile of the fused kernel, in bytes a row; divisible by 16 as those of language models are.
 ROW_BYTES = (8 << 10, 128 << 10, 256 << 10)
-# And one that is odd, so that rows are not aligned; and a batch in which the second sequence starts beyond 32 bits.
+# An odd vocabulary, whose rows are not aligned; and a batch in which the second sequence starts beyond 32 bits.
 ODD_VOCAB = 128257
 FAR_STRIDE = 2**31 + 2**20
 # On a GPU of 132 multiprocessors: a row each or more, fewer, and so few that the tiles shrink.
@@ -39,7 +40,7 @@ ROWS = (132, 64, 1)
 
 
 class CompilingDriver:
-    """Stands where Triton looks for a GPU: says which one to compile for."""
+    """A driver that stands where Triton looks for a GPU, and names the one to compile for."""
 
     def __init__(self, target: GPUTarget) -> None:
         self.target = target
@@ -55,56 +56,63 @@ class CompilingDriver:
 
 
 def launch_everything() -> None:
-    """Every launcher, with every combination of its optional arguments, dtypes and row lengths."""
+    """Calls every launcher over the combinations of its optional arguments, dtypes and row lengths."""
+    launch_losses()
+    launch_unaligned_and_far()
+    for dtype, rows in itertools.product(DTYPES, ROWS):
+        logits = torch.empty(1, rows, 4096, dtype=dtype)
+        per_row = torch.ones(rows)
+        # A mask and a temperature per row are a load each before the loops, and are compiled together or not at all.
+        for by_row, target, second_moment, extra in itertools.product((False, True), repeat=4):
+            launch.row_statistics(
+                logits,
+                per_row.bool() if by_row else None,
+                Temperature(per_row if by_row else None, 1.5),
+                per_row.long() if target else None,
+                Wanted(second_moment, extra),
+            )
+        for upstream in itertools.product((None, per_row), repeat=4):
+            saved = Saved.allocate(logits, rows)
+            launch.row_gradient(logits, saved, per_row.long(), Upstream(*upstream), torch.empty_like(logits))
+        launch.scale_(logits, torch.ones(()))
+
+
+def launch_losses() -> None:
     for dtype, row_bytes in itertools.product(DTYPES, ROW_BYTES):
         vocab = row_bytes // dtype.itemsize
-        for rows, weight, divisor, temperature in itertools.product(
+        for rows, weight, total, temperature in itertools.product(
             ROWS, (None, torch.bool, torch.float32), (False, True), (False, True)
         ):
             logits = torch.empty(1, rows, vocab, dtype=dtype)
-            triton_entropy.entropy_with_gradient(
+            launch.entropy_with_gradient(
                 logits,
                 None if weight is None else torch.ones(rows, dtype=weight),
-                torch.ones(()) if divisor else None,
-                0.5,
-                torch.ones(rows) if temperature else None,
-                1.5,
+                Divisor(torch.ones(()) if total else None, 2),
+                Temperature(torch.ones(rows) if temperature else None, 1.5),
                 torch.empty_like(logits),
             )
+
+
+def launch_unaligned_and_far() -> None:
     for dtype in DTYPES:
         for shape in ((1, 132, ODD_VOCAB), (1, 64, ODD_VOCAB), (1, 1, ODD_VOCAB), (2, 66, 128 << 10)):
-            # On the meta device, where only shapes and strides exist.
+            # Only shapes and strides exist on the meta device.
             strides = (FAR_STRIDE if shape[0] == 2 else 0, shape[2], 1)
             logits = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+            gradient = torch.empty_like(logits)
             rows = shape[0] * shape[1]
-            weight, row_temperature = torch.ones(2, rows, device="meta")
-            arguments = (weight, torch.ones((), device="meta"), 0.5, row_temperature, 1.5)
-            triton_entropy.entropy_with_gradient(logits, *arguments, torch.empty_like(logits))
-            triton_entropy.row_statistics(logits, weight.bool(), row_temperature, 1.5, weight.long(), True)
-            saved = torch.ones(5, rows, device="meta")
-            triton_entropy.row_gradient(
-                logits, saved, weight, weight.long(), weight, weight, weight, weight, torch.empty_like(logits)
-            )
-            triton_entropy.scale_(logits, torch.ones((), device="meta"))
-    for dtype, rows in itertools.product(DTYPES, ROWS):
-        logits = torch.empty(1, rows, 4096, dtype=dtype)
-        per_row, saved = torch.ones(rows), torch.ones(5, rows)
-        for mask, temperature, target, varentropy in itertools.product((False, True), repeat=4):
-            triton_entropy.row_statistics(
-                logits,
-                per_row.bool() if mask else None,
-                per_row if temperature else None,
-                1.5,
-                per_row.long() if target else None,
-                varentropy,
-            )
-        for upstream in itertools.product((None, per_row), repeat=4):
-            triton_entropy.row_gradient(logits, saved, per_row, per_row.long(), *upstream, torch.empty_like(logits))
-        triton_entropy.scale_(logits, torch.ones(()))
+            weight = torch.ones(rows, device="meta")
+            divisor, temperature = Divisor(torch.ones((), device="meta"), 2), Temperature(torch.ones_like(weight))
+            launch.entropy_with_gradient(logits, weight, divisor, temperature, gradient)
+            everything = (logits, weight.bool(), temperature, weight.long(), Wanted(True, True))
+            launch.row_sums(*everything)
+            _, saved = launch.row_statistics(*everything)
+            launch.row_gradient(logits, saved, weight.long(), Upstream(weight, weight, weight, weight), gradient)
+            launch.scale_(logits, torch.ones((), device="meta"))
 
 
 def nvidia_resources(cubin: bytes) -> dict[str, int]:
-    """Registers a thread, bytes of local memory (spills and stack), and static shared memory, from the machine code."""
+    """Registers a thread, and bytes of local memory (spills and stack), from the machine code."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
@@ -130,12 +138,12 @@ def amd_resources(assembly: str) -> dict[str, int]:
 def main(name: str) -> None:
     target = TARGETS[name]
     triton.runtime.driver.set_active(CompilingDriver(target))
-    triton_entropy._THREADS_PER_WARP = target.warp_size
-    triton_entropy._multiprocessors = lambda device: MULTIPROCESSORS
+    launch._THREADS_PER_WARP = target.warp_size
+    launch._multiprocessors = lambda device: MULTIPROCESSORS
     seen = set()
 
     def compile_instead(self: JITFunction, grid: tuple[int, ...]):
-        def launch(*args, **kwargs):
+        def compile_once(*args, **kwargs):
             kernel = self.run(*args, grid=grid, warmup=True, **kwargs)
             if kernel.hash in seen:
                 return
@@ -151,7 +159,7 @@ def main(name: str) -> None:
             }
             print(json.dumps(row), flush=True)
 
-        return launch
+        return compile_once
 
     JITFunction.__getitem__ = compile_instead
     launch_everything()

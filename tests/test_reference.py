@@ -1,10 +1,9 @@
 """The oracle itself, against the formulas it stands for and against autograd."""
 
 import pytest
+import reference
 import torch
 from oracles import entropy_gradient
-
-from em_kernels.ops import reference
 
 INF = float("inf")
 

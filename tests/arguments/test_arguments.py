@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from em_kernels import entropy_loss, linear_entropy_loss, linear_token_stats, token_entropy, token_stats
-from em_kernels.ops import backends
+from em_kernels.ops import backend as backends
+from em_kernels.ops.backends import triton
 
 LOGITS = torch.zeros(4, 16, 30)
 
@@ -60,8 +61,8 @@ def test_mask(function, mask, error, message):
         (float("inf"), ValueError, "temperature is inf, expected a value above 0"),
         (1e-39, ValueError, "temperature is 1e-39, expected a value above 0"),
         (1e39, ValueError, "temperature is 1e\\+39, expected a value above 0"),
-        ("1", TypeError, "temperature is a str, expected a float or a torch.Tensor"),
-        (True, TypeError, "temperature is a bool, expected a float or a torch.Tensor"),
+        ("1", TypeError, "temperature is a str, expected a float"),
+        (True, TypeError, "temperature is a bool, expected a float"),
         (torch.ones(5), ValueError, r"temperature has shape \(5,\), expected one that broadcasts to .* = \(4, 16\)"),
         (torch.tensor([1.0] * 15 + [-2.0]), ValueError, "temperature has -2, expected values above 0"),
         (torch.tensor([float("inf")] + [1.0] * 15), ValueError, "temperature has inf, expected values above 0"),
@@ -100,12 +101,16 @@ def test_temperature(function, temperature, error, message):
             r"target has shape \(4, 15\), expected logits.shape\[:-1\]",
         ),
         (torch.zeros(4, 16), TypeError, "target has dtype torch.float32, expected an integer dtype"),
-        (torch.zeros(4, 16, dtype=torch.bool), TypeError, "target has dtype torch.bool, expected an integer dtype"),
+        (
+            torch.zeros(4, 16, dtype=torch.bool),
+            TypeError,
+            "target has dtype torch.bool, expected an integer dtype; a mask is given as mask=",
+        ),
         (torch.full((4, 16), 30), ValueError, r"target has 30 where it is not masked, expected values in \[0, 30\)"),
         (
             torch.full((4, 16), -100),
             ValueError,
-            r"target has -100 where it is not masked, expected values in \[0, 30\)",
+            r"target has -100 where it is not masked, expected values in \[0, 30\); .* with mask=target != -100",
         ),
         (7, TypeError, "target is a int, expected a torch.Tensor"),
     ],
@@ -122,8 +127,16 @@ def test_target(target, error, message):
         ({"reduction": "avg"}, ValueError, "reduction is 'avg', expected one of 'mean', 'sum', 'none'"),
         ({"num_items_in_batch": -1}, ValueError, "num_items_in_batch is -1, expected at least 0"),
         ({"num_items_in_batch": torch.tensor(-2)}, ValueError, "num_items_in_batch is -2, expected at least 0"),
-        ({"num_items_in_batch": 2.5}, TypeError, "num_items_in_batch is a float, expected an int or a 0-d tensor"),
-        ({"num_items_in_batch": True}, TypeError, "num_items_in_batch is a bool, expected an int or a 0-d tensor"),
+        (
+            {"num_items_in_batch": 2.5},
+            TypeError,
+            "num_items_in_batch is a float, expected an int or a tensor of one element",
+        ),
+        (
+            {"num_items_in_batch": True},
+            TypeError,
+            "num_items_in_batch is a bool, expected an int or a tensor of one element",
+        ),
         ({"num_items_in_batch": torch.ones(2)}, ValueError, r"num_items_in_batch has shape \(2,\), expected an int"),
         (
             {"num_items_in_batch": 3, "reduction": "sum"},
@@ -202,16 +215,6 @@ def test_options_of_the_linear_loss(options, message):
         linear_entropy_loss(HIDDEN, WEIGHT, **options)
 
 
-@pytest.mark.parametrize("name", ["hidden", "weight"])
-def test_sharded_operands(name):
-    operands = {"hidden": HIDDEN, "weight": WEIGHT}
-    # As a DTensor has it, which takes a process group to make.
-    operands[name] = operands[name].clone()
-    operands[name].full_tensor = lambda: None
-    with pytest.raises(TypeError, match=f"{name} is a DTensor, expected a whole tensor"):
-        linear_entropy_loss(**operands)
-
-
 def test_grad_tolerance_that_is_no_number():
     with pytest.raises(TypeError, match="grad_tolerance is a NoneType, expected a float"):
         linear_entropy_loss(HIDDEN, WEIGHT, grad_tolerance=None)
@@ -226,8 +229,7 @@ def test_target_of_the_linear_statistics():
 @pytest.mark.parametrize(
     ("backend", "message"),
     [
-        ("tpu", "backend='tpu' cannot run here: there is no such backend; accepted are 'triton', 'cuda', 'torch'"),
-        ("cuda", "backend='cuda' cannot run here: this build has no compiled CUDA kernels"),
+        ("tpu", "backend='tpu' cannot run here: there is no such backend; accepted are 'triton', 'native', 'torch'"),
     ],
 )
 def test_backends_that_cannot_run(function, backend, message):
@@ -238,7 +240,7 @@ def test_backends_that_cannot_run(function, backend, message):
 def test_triton_says_why_it_cannot_run():
     cpu = torch.device("cpu")
     assert "logits are float64" in str(backends.unavailable_reason("triton", cpu, torch.float64))
-    if not backends._triton_interpreted():
+    if not triton._interpreted():
         assert "logits are on cpu" in str(backends.unavailable_reason("triton", cpu))
 
 
@@ -246,9 +248,7 @@ def test_triton_is_not_chosen_where_it_would_be_interpreted(monkeypatch):
     def refuse(*_):
         raise AssertionError("Triton was chosen for tensors on the CPU")
 
-    from em_kernels.ops import triton_entropy
-
-    monkeypatch.setattr(triton_entropy, "row_statistics", refuse)
+    monkeypatch.setattr(backends.implementation("triton"), "row_statistics", refuse)
     token_entropy(LOGITS)
 
 

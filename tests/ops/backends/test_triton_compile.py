@@ -31,7 +31,7 @@ def compile_all(target: str, cache: Path) -> list[dict]:
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "COV_CORE_SOURCE")}
     environment["TRITON_CACHE_DIR"] = str(cache / target.replace(":", "-"))
     run = subprocess.run(
-        [sys.executable, SCRIPT, target], capture_output=True, text=True, env=environment, cwd=SCRIPT.parents[2]
+        [sys.executable, SCRIPT, target], capture_output=True, text=True, env=environment, cwd=SCRIPT.parents[3]
     )
     assert run.returncode == 0, run.stderr
     return [json.loads(line) for line in run.stdout.splitlines()]

@@ -1,0 +1,134 @@
+"""What the linear functions accept beside hidden states: the output projection, and how it is worked on in chunks."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from em_kernels.arguments.checks import as_float, as_integer, check_floats, choose_backend
+from em_kernels.arguments.sharding import Layout, VocabShard, local_operands
+from em_kernels.arguments.tokens import Source
+from em_kernels.ops.hidden.chunks import ROWS
+from em_kernels.ops.hidden.head import Chunking, Head
+from em_kernels.ops.sharded import Place
+from em_kernels.ops.types import statistics_dtype
+
+# Of scratch for a chunk: at 152k float32 logits, 460 tokens. `grad_tolerance` gathers 96 MB more: 512 MB in all. On the
+# CPU, less does; more only costs the time to map it.
+_SCRATCH_BYTES = 400 << 20
+_SCRATCH_BYTES_ON_CPU = 128 << 20
+# Ranks must cut the tokens alike, and do not know each other's share of the vocabulary: at 76k columns a rank, 460 MB.
+_CHUNK_OF_RANKS = 1024
+
+
+class Operands(NamedTuple):
+    """What a matmul makes logits of, on this rank.
+
+    Attributes:
+        source: the hidden states, (..., D).
+        rows: the same as (rows, D).
+        head: the output projection, or this rank's rows of it.
+        shard: the ranks with the other rows of the output projection; None where there are none.
+        layout: how the tokens lie over ranks; None unless hidden was a DTensor.
+    """
+
+    source: Source
+    rows: Tensor
+    head: Head
+    shard: VocabShard | None
+    layout: Layout | None
+
+    def place(self, backend: str | None) -> Place:
+        backend = choose_backend(backend, self.rows.device, self.head.logits_dtype)
+        return Place(backend) if self.shard is None else Place(backend, self.shard.group)
+
+
+def operands_of(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    softcap: float | None,
+    logits_dtype: torch.dtype | None,
+    process_group: "dist.ProcessGroup | None",
+) -> Operands:
+    """The operands as they are on this rank and as torch.autocast casts them, checked."""
+    hidden, weight, bias, shard, layout = local_operands(hidden, weight, bias, process_group)
+    hidden, weight, bias = _autocast(hidden, weight, bias)
+    _check_operands(hidden, weight, bias, sharded=shard is not None)
+    head = Head(weight, bias, _softcap(softcap), _logits_dtype(logits_dtype, hidden))
+    return Operands(Source("hidden", hidden), hidden.reshape(-1, hidden.shape[-1]), head, shard, layout)
+
+
+def chunking_of(operands: Operands, chunk_size: int | None, grad_tolerance: float = 0.0) -> Chunking:
+    tolerance = as_float("grad_tolerance", grad_tolerance)
+    if not 0 <= tolerance < float("inf"):
+        raise ValueError(f"grad_tolerance is {tolerance}, expected a finite number of at least 0")
+    if chunk_size is None:
+        return Chunking(_CHUNK_OF_RANKS if operands.shard else _tokens_of_a_chunk(operands), tolerance)
+    size = as_integer("chunk_size", chunk_size, "an int, or None")
+    if size < 1:
+        raise ValueError(f"chunk_size is {size}, expected at least 1, or None")
+    return Chunking(size, tolerance)
+
+
+def _tokens_of_a_chunk(operands: Operands) -> int:
+    scratch = _SCRATCH_BYTES_ON_CPU if operands.rows.device.type == "cpu" else _SCRATCH_BYTES
+    size = max(1, scratch // operands.head.bytes_per_token())
+    return size - size % ROWS if size > ROWS else size
+
+
+def _autocast(*operands: Any) -> list[Any]:
+    """The operands of a matmul as torch.autocast casts them; it leaves float64 alone."""
+    device = operands[0].device.type if isinstance(operands[0], Tensor) else "cpu"
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return list(operands)
+    dtype = torch.get_autocast_dtype(device)
+    return [
+        x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
+        for x in operands
+    ]
+
+
+def _check_operands(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, sharded: bool) -> None:
+    check_floats("hidden", hidden)
+    if hidden.dim() == 0 or hidden.shape[-1] == 0:
+        raise ValueError(f"hidden has shape {tuple(hidden.shape)}, expected (..., D) with D at least 1")
+    dim = hidden.shape[-1]
+    check_floats("weight", weight)
+    if weight.dim() != 2 or weight.shape[1] != dim or (weight.shape[0] == 0 and not sharded):
+        raise ValueError(f"weight has shape {tuple(weight.shape)}, expected (V, {dim}) with V at least 1")
+    _check_belongs("weight", weight, hidden)
+    if bias is not None:
+        check_floats("bias", bias)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias has shape {tuple(bias.shape)}, expected (V,) = {tuple(weight.shape[:1])}")
+        _check_belongs("bias", bias, hidden)
+
+
+def _softcap(softcap: float | None) -> float | None:
+    if softcap is None:
+        return None
+    cap = as_float("softcap", softcap)
+    if not 0 < cap < float("inf"):
+        raise ValueError(f"softcap is {cap}, expected a finite number above 0, or None")
+    return cap
+
+
+def _logits_dtype(logits_dtype: torch.dtype | None, hidden: Tensor) -> torch.dtype:
+    unrounded = statistics_dtype(hidden.dtype)
+    if logits_dtype not in (None, hidden.dtype, unrounded):
+        accepted = " or ".join(sorted({str(hidden.dtype), str(unrounded)}))
+        raise ValueError(f"logits_dtype is {logits_dtype!r}, expected None or {accepted} for hidden of {hidden.dtype}")
+    return unrounded if logits_dtype is None else logits_dtype
+
+
+def _check_belongs(name: str, value: Tensor, hidden: Tensor) -> None:
+    if value.device != hidden.device:
+        raise ValueError(f"{name} is on {value.device}, expected the device of hidden, {hidden.device}")
+    if value.dtype != hidden.dtype:
+        raise TypeError(
+            f"{name} has dtype {value.dtype} and hidden {hidden.dtype}, expected the same: cast one, "
+            f"{name}.to(hidden.dtype) or hidden.to({name}.dtype), or call under torch.autocast, which casts both"
+        )

@@ -1,0 +1,56 @@
+"""What the losses make of the rows' entropies: their weighted mean, their sum, or the entropies themselves."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from em_kernels.arguments.checks import as_integer, values_visible
+from em_kernels.arguments.tokens import Source, Tokens
+from em_kernels.ops.types import Divisor
+
+_REDUCTIONS = ("mean", "sum", "none")
+
+
+class Reduction(NamedTuple):
+    """A reduction by its name, and what it divides the sum by."""
+
+    name: str
+    divisor: Divisor
+
+    def of(self, entropy: Tensor, tokens: Tokens) -> Tensor:
+        """The loss of the rows' entropies, which are 0 where masked; of the tokens' shape with "none"."""
+        if tokens.weight is not None and tokens.weight.is_floating_point():
+            entropy = entropy * tokens.weight
+        return entropy.view(tokens.shape) if self.name == "none" else self.divisor.divide(entropy.sum())
+
+
+def reduction_of(name: str, num_items: int | Tensor | None, tokens: Tokens, source: Source) -> Reduction:
+    """The reduction with the divisor of "mean": num_items_in_batch, or where that is None, the sum of the weights."""
+    if name not in _REDUCTIONS:
+        raise ValueError(f"reduction is {name!r}, expected one of {', '.join(map(repr, _REDUCTIONS))}")
+    if num_items is not None:
+        if name != "mean":
+            raise ValueError(f"num_items_in_batch is the divisor of reduction='mean', given with reduction={name!r}")
+        return Reduction(name, _given_divisor(num_items, source))
+    if name == "mean" and tokens.weight is not None:
+        return Reduction(name, Divisor(tokens.weight.sum(dtype=source.dtype)))
+    return Reduction(name, Divisor(number=_at_least_1(source.shape.numel())) if name == "mean" else Divisor())
+
+
+def _given_divisor(num_items: int | Tensor, source: Source) -> Divisor:
+    expected = "an int or a tensor of one element"
+    if isinstance(num_items, Tensor):
+        if num_items.numel() != 1:
+            raise ValueError(f"num_items_in_batch has shape {tuple(num_items.shape)}, expected {expected}")
+        if values_visible(num_items) and num_items.item() < 0:
+            raise ValueError(f"num_items_in_batch is {num_items.item()}, expected at least 0")
+        total = num_items.detach().reshape(()).to(source.tensor.device, source.dtype, non_blocking=True)
+        return Divisor(total.resolve_neg())
+    count = as_integer("num_items_in_batch", num_items, expected)
+    if count < 0:
+        raise ValueError(f"num_items_in_batch is {count}, expected at least 0")
+    return Divisor(number=_at_least_1(count))
+
+
+def _at_least_1(count: int) -> int:
+    return count if count != 0 else 1

@@ -1,0 +1,83 @@
+"""What every backward and every traced call needs to know of autograd, and all that is private to torch about it."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from em_kernels.ops.types import Upstream
+
+
+def is_traced(*operands: Tensor) -> bool:
+    """Whether something watches or records the call, which must then go through the registered operators.
+
+    torch.compile, torch.jit.trace, a TorchDispatchMode (make_fx, fake tensors, FLOP counters) and tensor subclasses do.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+        or any(type(operand) not in (Tensor, torch.nn.Parameter) for operand in operands)
+    )
+
+
+def refuse_unsupported(*operands: Tensor | None) -> None:
+    """Raises RuntimeError under torch.func's transforms, and for dual tensors of forward-mode differentiation."""
+    if torch.compiler.is_compiling():
+        return
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError("em_kernels does not run under torch.func's transforms (vmap, grad, jvp, ...)")
+    if forward_ad._current_level >= 0 and any(
+        operand is not None and forward_ad.unpack_dual(operand).tangent is not None for operand in operands
+    ):
+        raise RuntimeError("em_kernels has no forward-mode derivative; use backward() or torch.autograd.grad")
+
+
+def checked(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Upstream gradients as an operator takes them; None where a result does not enter the loss.
+
+    Raises RuntimeError for the batched gradients of is_grads_batched=True.
+    """
+    if not torch.compiler.is_compiling() and any(
+        g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in gradients
+    ):
+        raise RuntimeError("em_kernels has no backward with is_grads_batched=True; call it once for each gradient")
+    # A statistic that was not asked for is an empty result of its operator, and so is the gradient of it.
+    return [None if g is None or g.numel() == 0 else g.resolve_neg() for g in gradients]
+
+
+def upstream_of_statistics(gradients: Sequence[Tensor | None]) -> Upstream:
+    return Upstream(*checked(gradients[: len(Upstream._fields)]))
+
+
+def refuse_second_derivative(*gradients_of_gradients: Tensor | None) -> None:
+    """Raises RuntimeError where a loss is made of a gradient, which has no derivative here.
+
+    An operator that makes a gradient in its forward returns it as a differentiable result, for this to be called.
+    """
+    if any(g is not None for g in gradients_of_gradients):
+        raise RuntimeError("em_kernels has no derivative of its gradients (create_graph=True): they are final")
+
+
+def scaled_gradients(
+    gradients: Sequence[Tensor], factor: Tensor, scale_: Callable[[Tensor, Tensor], None]
+) -> list[Tensor]:
+    """The gradients that a forward has saved times the upstream gradient, in place where nobody needs them again."""
+    if torch.is_grad_enabled() or is_traced(factor, *gradients):
+        return [gradient * factor for gradient in gradients]
+    if torch._C._autograd._get_current_graph_task_keep_graph():
+        gradients = [gradient.clone() for gradient in gradients]
+    for gradient in gradients:
+        if gradient.numel() > 0:
+            scale_(gradient.view(1, -1, gradient.shape[-1]) if gradient.dim() != 3 else gradient, factor)
+    return list(gradients)
+
+
+def arguments_of(operator: Callable[..., Any]) -> Callable[[Sequence[Any]], SimpleNamespace]:
+    """A function that gives the arguments of a registered operator their names."""
+    names = tuple(inspect.signature(operator).parameters)
+    return lambda values: SimpleNamespace(**dict(zip(names, values, strict=True)))

@@ -1,0 +1,100 @@
+"""The contract that every backend keeps, and the registry of the backends: what can run where, and if not, why."""
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from em_kernels.ops.backends import native, triton
+from em_kernels.ops.backends import torch as pytorch
+from em_kernels.ops.types import Divisor, Saved, Statistics, Sums, Temperature, Upstream, Wanted
+
+
+class Backend(Protocol):
+    """The functions of a backend, which is a module.
+
+    Logits are (outer, inner, V) with contiguous columns and any two strides between rows; a value per row is
+    contiguous, (outer * inner,), but for the upstream gradients. A row that is masked, `kept` False or a token weight
+    of 0, is not read: its statistics, its gradient and its part of a loss are 0, whatever its logits, target and
+    temperature hold. A row that is all -inf or has a NaN or +inf is NaN in every result.
+    """
+
+    def row_sums(
+        self, logits: Tensor, kept: Tensor | None, temperature: Temperature, target: Tensor | None, wanted: Wanted
+    ) -> Sums:
+        """The sums over every column of a row but its target's, where the target lies in [0, V).
+
+        A row that is all -inf has the sums of no column. The sums of a masked row are unspecified.
+        """
+
+    def row_statistics(
+        self, logits: Tensor, kept: Tensor | None, temperature: Temperature, target: Tensor | None, wanted: Wanted
+    ) -> tuple[Statistics, Saved]:
+        """The statistics of each row, and what `row_gradient` needs of it.
+
+        A row whose target is outside [0, V) is NaN in every result.
+        """
+
+    def row_gradient(
+        self, logits: Tensor, saved: Saved, target: Tensor | None, upstream: Upstream, out: Tensor
+    ) -> None:
+        """Writes the gradient of the logits into `out`, which is contiguous, or the logits themselves.
+
+        The target matters where `upstream.logprob` is given. One outside [0, V) belongs to another rank's columns: the
+        row's gradient here is then that of its columns.
+        """
+
+    def entropy_with_gradient(
+        self, logits: Tensor, token_weight: Tensor | None, divisor: Divisor, temperature: Temperature, out: Tensor
+    ) -> Tensor:
+        """The sum over rows of w H / divisor, 0-d in the statistics dtype; writes its gradient into `out`.
+
+        `token_weight` is bool or of the statistics dtype. `out` is contiguous, or the logits themselves.
+        """
+
+    def scale_(self, gradient: Tensor, factor: Tensor) -> None:
+        """Multiplies a gradient of three dimensions by a 0-d tensor, in place; costs next to nothing where it is 1."""
+
+
+class _Registered(NamedTuple):
+    unavailable_reason: Callable[[torch.device, torch.dtype], str | None]
+    load: Callable[[], Backend]
+    # The kinds of device on which the backend is taken unasked; None for all.
+    chosen_on: tuple[str, ...] | None = None
+
+
+def _triton() -> Backend:
+    # Triton is optional, so its kernels are imported by the first call that runs them.
+    from em_kernels.ops.backends.triton import launch
+
+    return launch
+
+
+# In the order of preference.
+_REGISTRY = {
+    "triton": _Registered(triton.unavailable_reason, _triton, chosen_on=("cuda",)),
+    "native": _Registered(native.unavailable_reason, lambda: native),
+    "torch": _Registered(lambda device, dtype: None, lambda: pytorch),
+}
+NAMES = tuple(_REGISTRY)
+
+
+def unavailable_reason(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
+    """Why the backend cannot run on tensors of this device and dtype, or None if it can."""
+    if name not in _REGISTRY:
+        return f"there is no such backend; accepted are {', '.join(map(repr, NAMES))} or None"
+    return _REGISTRY[name].unavailable_reason(device, dtype)
+
+
+def choose(device: torch.device, dtype: torch.dtype) -> str:
+    """The name of the first backend that runs on tensors of this device and dtype and is taken there unasked."""
+    return next(
+        name
+        for name, entry in _REGISTRY.items()
+        if (entry.chosen_on is None or device.type in entry.chosen_on) and not entry.unavailable_reason(device, dtype)
+    )
+
+
+def implementation(name: str) -> Backend:
+    return _REGISTRY[name].load()
