@@ -60,7 +60,7 @@ difference = max(
 )
 rows = sharded.lm_head.weight.to_local().shape[0]
 print(
-    f"rank {dist.get_rank()} holds {rows} of {CONFIG.vocab_size} rows; entropy {loss:.6f}, without shards {expected:.6f}"
+print(f"rank {dist.get_rank()} holds {rows} of {CONFIG.vocab_size} rows; entropy {loss:.6f}, unsharded {expected:.6f}")
 )
 if dist.get_rank() == 0:
     print(f"largest difference of a parameter after the step: {difference:.1e}")

@@ -24,7 +24,7 @@ def test_tensor_parallel() -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     result = subprocess.run([*command, str(EXAMPLES / "tensor_parallel.py")], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    said = re.findall(r"^rank (\d) holds (\d+) of 1003 rows; entropy (\S+), without shards (\S+)$", result.stdout, re.M)
+    said = re.findall(r"^rank (\d) holds (\d+) of 1003 rows; entropy (\S+), unsharded (\S+)$", result.stdout, re.M)
     assert sorted((int(rank), int(rows)) for rank, rows, *_ in said) == [(0, 502), (1, 501)]
     assert all(abs(float(sharded) - float(whole)) < 2e-6 for *_, sharded, whole in said)
     # AdamW's first update is of the size of the learning rate, 1e-3, whatever the gradient's.
