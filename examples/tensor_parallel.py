@@ -59,9 +59,7 @@ difference = max(
     (whole(a) - b).abs().max().item() for a, b in zip(sharded.parameters(), plain.parameters(), strict=True)
 )
 rows = sharded.lm_head.weight.to_local().shape[0]
-print(
 print(f"rank {dist.get_rank()} holds {rows} of {CONFIG.vocab_size} rows; entropy {loss:.6f}, unsharded {expected:.6f}")
-)
 if dist.get_rank() == 0:
     print(f"largest difference of a parameter after the step: {difference:.1e}")
 dist.destroy_process_group()
