@@ -37,7 +37,7 @@ class Layout(NamedTuple):
 
     @property
     def shards_tokens(self) -> bool:
-        return any(placement.is_shard() for placement in self.placements)
+        return any(placement.is_shard() and self.mesh.size(i) > 1 for i, placement in enumerate(self.placements))
 
 
 def local_logits(
@@ -171,8 +171,8 @@ def _local_rows(weight: Any, layout: Layout | None, vocab_dim: int | None) -> An
     if weight is None:
         return None
     placements = [p if i == vocab_dim else Replicate() for i, p in enumerate(weight.placements)]
-    if placements != list(weight.placements):
-        weight = weight.redistribute(placements=placements)
+    # Even where nothing moves: the way back sums a gradient that each rank has of its own tokens.
+    weight = weight.redistribute(placements=placements)
     if layout is None:
         return weight.to_local(grad_placements=placements)
     # A rank's gradient of a weight that all ranks use is of its own tokens.
