@@ -7,7 +7,7 @@ from torch import distributed as dist
 from em_kernels.arguments.checks import check_logits, choose_backend
 from em_kernels.arguments.inplace import check_inplace
 from em_kernels.arguments.reduction import reduction_of
-from em_kernels.arguments.sharding import check_divisor, local_logits, local_per_token
+from em_kernels.arguments.sharding import local_divisor, local_logits, local_per_token
 from em_kernels.arguments.tokens import Source, rows_of_logits, tokens_of
 from em_kernels.ops import logits as operators
 from em_kernels.ops.autograd import is_traced
@@ -67,7 +67,7 @@ def entropy_loss(
     tokens = tokens_of(
         source, local_per_token("mask", mask, layout), local_per_token("temperature", temperature, layout)
     )
-    check_divisor(reduction, num_items_in_batch, layout)
+    num_items_in_batch = local_divisor(reduction, num_items_in_batch, layout)
     reduce = reduction_of(reduction, num_items_in_batch, tokens, source)
     backend = choose_backend(backend, logits.device, logits.dtype)
     rows = rows_of_logits(logits)

@@ -6,7 +6,7 @@ from torch import distributed as dist
 
 from em_kernels.arguments.projection import chunking_of, operands_of
 from em_kernels.arguments.reduction import reduction_of
-from em_kernels.arguments.sharding import check_divisor, local_per_token
+from em_kernels.arguments.sharding import local_divisor, local_per_token
 from em_kernels.arguments.tokens import tokens_of
 from em_kernels.ops.hidden import registered as operators
 from em_kernels.ops.types import Wanted
@@ -89,7 +89,7 @@ def linear_entropy_loss(
     tokens = tokens_of(
         source, local_per_token("mask", mask, layout), local_per_token("temperature", temperature, layout)
     )
-    check_divisor(reduction, num_items_in_batch, layout)
+    num_items_in_batch = local_divisor(reduction, num_items_in_batch, layout)
     reduce = reduction_of(reduction, num_items_in_batch, tokens, source)
     place = operands.place(backend)
 

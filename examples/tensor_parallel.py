@@ -1,65 +1,68 @@
-"""One step of entropy minimisation with the output projection sharded over ranks, and the same step without shards.
+"""A step of entropy minimisation with the output projection sharded over ranks, and the same step without shards.
 
 torchrun --nproc-per-node 2 examples/tensor_parallel.py
-
-Each rank holds some rows of the output projection, computes the logits of these tokens of the vocabulary alone, a chunk
-at a time, and gets the loss of the whole vocabulary. It runs on CPUs (gloo) and on GPUs (NCCL).
 """
 
+import copy
 import os
 
 import torch
-import torch.distributed as dist
-from torch import nn
+from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from em_kernels import linear_entropy_loss
+from em_kernels import entropy_loss
 
-# A vocabulary that the ranks cannot share evenly, as most of them are.
-CONFIG = LlamaConfig(vocab_size=1003, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
-TEMPERATURE = 0.5
+device = "cuda" if torch.cuda.is_available() else "cpu"
+mesh = init_device_mesh(device, (int(os.environ["WORLD_SIZE"]),))
 
-gpu = torch.cuda.is_available()
-dist.init_process_group("nccl" if gpu else "gloo")
-device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
-if gpu:
-    torch.cuda.set_device(device)
-mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+# Every rank makes the same model and samples the same completions. The vocabulary need not be a multiple of the ranks.
+torch.manual_seed(0)
+config = LlamaConfig(
+    vocab_size=1001,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    initializer_range=0.2,
+    bos_token_id=None,
+    eos_token_id=None,
+)
+whole = LlamaForCausalLM(config).to(device).eval()
+prompt = torch.randint(0, config.vocab_size, (4, 8), device=device)
+sequences = whole.generate(prompt, do_sample=True, top_k=0, max_new_tokens=16, pad_token_id=0)
+mask = torch.ones_like(sequences[:, 8:])
+
+# Each rank keeps its rows of the output projection, and the logits are a DTensor of which each rank has its columns.
+sharded = copy.deepcopy(whole)
+colwise = ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)
+parallelize_module(sharded, mesh, {"lm_head": colwise})
 
 
-def build() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(CONFIG).to(device).eval()
-
-
-def step(model: LlamaForCausalLM, tokens: torch.Tensor, group: dist.ProcessGroup | None) -> float:
-    """Lowers the mean entropy of the model's predictions by one optimiser step; returns what it was."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, foreach=False)
-    hidden = model.model(tokens, use_cache=False).last_hidden_state
-    loss = linear_entropy_loss(hidden, model.lm_head.weight, temperature=TEMPERATURE, process_group=group)
+def step(model: LlamaForCausalLM) -> float:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    logits = model(sequences[:, :-1], logits_to_keep=16, use_cache=False).logits
+    # Without the logits in memory: hidden = model.model(sequences[:, :-1]).last_hidden_state[:, -16:] and
+    # linear_entropy_loss(hidden, model.lm_head.weight, mask, process_group=mesh.get_group())
+    loss = entropy_loss(logits, mask)
     loss.backward()
     optimizer.step()
     return loss.item()
 
 
-def whole(parameter: nn.Parameter) -> torch.Tensor:
-    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+before = {name: parameter.detach().clone() for name, parameter in whole.named_parameters()}
+losses = step(whole), step(sharded)
+moved = difference = 0.0
+for name, parameter in sharded.named_parameters():
+    parameter = parameter.detach()
+    own = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+    expected = whole.get_parameter(name).detach()
+    moved = max(moved, (expected - before[name]).abs().max().item())
+    difference = max(difference, (own - expected).abs().max().item())
 
-
-# Every rank has the same tokens: it is the vocabulary that they share.
-tokens = torch.randint(0, CONFIG.vocab_size, (4, 32), generator=torch.Generator().manual_seed(0)).to(device)
-sharded = parallelize_module(build(), mesh, {"lm_head": ColwiseParallel()})
-loss = step(sharded, tokens, mesh.get_group())
-plain = build()
-expected = step(plain, tokens, None)
-
-difference = max(
-    (whole(a) - b).abs().max().item() for a, b in zip(sharded.parameters(), plain.parameters(), strict=True)
-)
-rows = sharded.lm_head.weight.to_local().shape[0]
-print(f"rank {dist.get_rank()} holds {rows} of {CONFIG.vocab_size} rows; entropy {loss:.6f}, unsharded {expected:.6f}")
-if dist.get_rank() == 0:
-    print(f"largest difference of a parameter after the step: {difference:.1e}")
-dist.destroy_process_group()
+if distributed.get_rank() == 0:
+    print(f"mean entropy {losses[0]:.6f} of the whole vocabulary, {losses[1]:.6f} of {mesh.size()} shards")
+    print(f"parameters moved by up to {moved:.1e} and differ by up to {difference:.1e}")
+distributed.destroy_process_group()

@@ -11,7 +11,6 @@ if not torch.cuda.is_available():
 
 import numpy as np
 import pytest
-from ranks import Worlds
 
 from em_kernels.ops import backend, types
 
@@ -68,13 +67,6 @@ def interpreter_fuses_multiply_and_add():
         return interpreter.TensorHandle(exact.astype(np.float32), z.dtype.scalar)
 
     interpreter.InterpreterBuilder.create_fma = create_fma
-
-
-@pytest.fixture(scope="session")
-def worlds():
-    started = Worlds()
-    yield started
-    started.stop()
 
 
 @pytest.fixture(autouse=True)

@@ -1,118 +1,122 @@
-"""Processes that run functions of tests as the ranks of a gloo process group, started once and kept."""
+"""Processes that run functions together, as the ranks of a gloo process group.
 
+A process that imports torch takes seconds to start, so the processes of a size are started once and kept until the
+tests end. Functions are sent by name and must be importable; they and their arguments and results are pickled.
+"""
+
+import atexit
+import functools
 import multiprocessing
-import os
+import pickle
+import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import wait
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
-# A collective that one rank does not join never ends: no test takes as long.
-_SECONDS = 180
-_SECONDS_AFTER_A_FAILURE = 5
+# A rank that fails leaves the others waiting in a collective.
+_SECONDS_FOR_THE_OTHERS = 3
+_SECONDS_AT_MOST = 120
 
 
-class Ranks:
-    """`world` processes; a function that is run on them finds its rank and group in torch.distributed."""
+def run_on_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What `function(*arguments)` returns on each rank of a process group of that size, in rank order.
 
-    def __init__(self, world: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.world, self.stopped = world, False
-        self._folder = tempfile.TemporaryDirectory()
-        self._ends, self._processes = [], []
-        for rank in range(world):
-            here, there = context.Pipe()
-            arguments = (there, rank, world, str(Path(self._folder.name, "rendezvous")))
-            process = context.Process(target=_serve, args=arguments, daemon=True)
+    Raises RuntimeError with the traceback of every rank that raised.
+    """
+    try:
+        return _processes(size).run(function, arguments)
+    except Exception:
+        # Their collectives may be out of step.
+        _processes(size).stop(seconds=0.0)
+        _processes.cache_clear()
+        raise
+
+
+def collectives_so_far() -> int:
+    """How many collectives this rank's default process group has run, whichever functions asked for them."""
+    from torch import distributed
+
+    return distributed.group.WORLD._get_sequence_number_for_group()
+
+
+class _Processes:
+    def __init__(self, size: int) -> None:
+        context = multiprocessing.get_context("forkserver")
+        # Every process is a copy of one that has imported them.
+        context.set_forkserver_preload(["torch", "torch.distributed.tensor"])
+        self.folder = tempfile.TemporaryDirectory()
+        self.connections, self.processes = [], []
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            store = str(Path(self.folder.name) / "store")
+            process = context.Process(target=_serve, args=(theirs, rank, size, store), daemon=True)
             process.start()
-            self._ends.append(here)
-            self._processes.append(process)
+            theirs.close()
+            self.connections.append(ours)
+            self.processes.append(process)
+        atexit.register(self.stop)
 
-    def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """What the function returns on each rank; raises AssertionError with the traceback of the ranks that failed."""
-        for end in self._ends:
-            end.send((function, arguments))
-        results, failures, waiting = [None] * self.world, [], list(self._ends)
-        while waiting:
-            # Where one rank has failed, the others may wait for it in a collective.
-            answered = wait(waiting, _SECONDS_AFTER_A_FAILURE if failures else _SECONDS)
-            if not answered:
-                self.stop()
-                failures.append(f"{len(waiting)} of {self.world} ranks did not answer")
+    def run(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> list[Any]:
+        # The module of the function may lie in a folder that was not on the path when the processes started.
+        call = pickle.dumps((function, arguments))
+        for connection in self.connections:
+            connection.send(sys.path)
+            connection.send_bytes(call)
+        answers: dict[int, tuple[bool, Any]] = {}
+        deadline = time.monotonic() + _SECONDS_AT_MOST
+        while len(answers) < len(self.connections):
+            waiting = [c for rank, c in enumerate(self.connections) if rank not in answers]
+            ready = wait(waiting, max(0.0, deadline - time.monotonic()))
+            if not ready:
                 break
-            for end in answered:
-                waiting.remove(end)
-                succeeded, result = end.recv()
-                results[self._ends.index(end)] = result
-                if not succeeded:
-                    failures.append(f"rank {self._ends.index(end)} of {self.world}:\n{result}")
-        if failures:
-            raise AssertionError("\n".join(failures))
-        return results
+            for connection in ready:
+                rank = self.connections.index(connection)
+                try:
+                    answers[rank] = pickle.loads(connection.recv_bytes())
+                except EOFError:
+                    answers[rank] = False, "the process has ended"
+                if not answers[rank][0]:
+                    deadline = min(deadline, time.monotonic() + _SECONDS_FOR_THE_OTHERS)
+        raised = [f"rank {rank}: {answer}" for rank, (succeeded, answer) in sorted(answers.items()) if not succeeded]
+        missing = [f"rank {rank} does not answer" for rank in range(len(self.connections)) if rank not in answers]
+        if raised or missing:
+            raise RuntimeError("\n".join([*raised, *missing]))
+        return [answers[rank][1] for rank in range(len(self.connections))]
 
-    def stop(self) -> None:
-        self.stopped = True
-        for process in self._processes:
+    def stop(self, seconds: float = 5.0) -> None:
+        """Ends the processes, by force where they do not end by themselves in that time."""
+        for connection in self.connections:
+            connection.close()
+        for process in self.processes:
+            process.join(seconds)
             process.kill()
-            process.join()
-        self._folder.cleanup()
+        self.folder.cleanup()
 
 
-def _serve(end: Any, rank: int, world: int, rendezvous: str) -> None:
-    os.environ.pop("PYTEST_XDIST_WORKER", None)
+_processes = functools.cache(_Processes)
+
+
+def _serve(connection: Connection, rank: int, size: int, store: str) -> None:
+    import torch
+    from torch import distributed
+
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=_SECONDS_AT_MOST)
+    )
     while True:
-        function, arguments = end.recv()
-        torch.manual_seed(0)
         try:
-            end.send((True, function(*arguments)))
-        except BaseException:
-            end.send((False, traceback.format_exc()))
-
-
-class Collectives:
-    """Within the context, the names of the collectives that this rank joins."""
-
-    _NAMES = ("all_gather", "all_gather_into_tensor", "all_reduce", "broadcast", "reduce_scatter_tensor", "all_to_all")
-
-    def __enter__(self) -> list[str]:
-        self._originals = {name: getattr(dist, name) for name in self._NAMES}
-        joined: list[str] = []
-
-        def counted(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
-            def call(*arguments: Any, **options: Any) -> Any:
-                joined.append(name)
-                return original(*arguments, **options)
-
-            return call
-
-        for name, original in self._originals.items():
-            setattr(dist, name, counted(name, original))
-        return joined
-
-    def __exit__(self, *_: object) -> None:
-        for name, original in self._originals.items():
-            setattr(dist, name, original)
-
-
-class Worlds:
-    """Ranks of any number, each started when it is first asked for, and again after a failure that stopped it."""
-
-    def __init__(self) -> None:
-        self._started: dict[int, Ranks] = {}
-
-    def of(self, size: int) -> Ranks:
-        if size not in self._started or self._started[size].stopped:
-            self._started[size] = Ranks(size)
-        return self._started[size]
-
-    def stop(self) -> None:
-        for ranks in self._started.values():
-            if not ranks.stopped:
-                ranks.stop()
+            sys.path[:] = connection.recv()
+        except EOFError:
+            return
+        try:
+            function, arguments = pickle.loads(connection.recv_bytes())
+            answer = True, function(*arguments)
+        except Exception:
+            answer = False, traceback.format_exc()
+        connection.send_bytes(pickle.dumps(answer))

@@ -18,16 +18,3 @@ def test_one_shot_em(tmp_path: Path) -> None:
     assert [int(step) for step, *_ in said] == [1, 2, 3, 4, 5]
     assert float(said[-1][1]) < 0.9 * float(said[0][1])
     assert all(8 <= int(tokens) <= 128 for *_, tokens in said)
-
-
-def test_tensor_parallel() -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    result = subprocess.run([*command, str(EXAMPLES / "tensor_parallel.py")], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    said = re.findall(r"^rank (\d) holds (\d+) of 1003 rows; entropy (\S+), unsharded (\S+)$", result.stdout, re.M)
-    assert sorted((int(rank), int(rows)) for rank, rows, *_ in said) == [(0, 502), (1, 501)]
-    assert all(abs(float(sharded) - float(whole)) < 2e-6 for *_, sharded, whole in said)
-    # AdamW's first update is of the size of the learning rate, 1e-3, whatever the gradient's.
-    difference = re.search(r"^largest difference of a parameter after the step: (\S+)$", result.stdout, re.M)
-    assert difference is not None
-    assert float(difference[1]) < 1e-5

@@ -48,15 +48,9 @@ def local_logits(
         return logits, _shard_of(process_group), None
     if process_group is not None:
         raise ValueError("logits is a DTensor, whose placements name the ranks; expected process_group=None")
-    vocab_dims = _sharded_along("logits", logits, logits.dim() - 1)
-    if len(vocab_dims) > 1:
-        raise ValueError(
-            f"logits has placements {logits.placements}, with its vocabulary over {len(vocab_dims)} mesh dimensions; "
-            "expected one at most: redistribute the others to Replicate()"
-        )
-    shard = _shard_over(logits.device_mesh, vocab_dims[0], logits.shape[-1]) if vocab_dims else None
-    layout = _layout(logits, vocab_dims)
-    return logits.to_local(grad_placements=logits.placements), shard, layout
+    dim = _only("logits", logits, _mesh_dims("logits", logits, logits.dim() - 1))
+    shard = None if dim is None else _shard_over(logits, dim, logits.shape[-1])
+    return logits.to_local(grad_placements=logits.placements), shard, _layout(logits, dim)
 
 
 def local_operands(
@@ -65,25 +59,22 @@ def local_operands(
     """This rank's hidden states, its rows of weight and bias, the ranks with the others, and how the tokens lie."""
     layout = None
     if _is_dtensor(hidden):
-        if _sharded_along("hidden", hidden, hidden.dim() - 1):
-            raise ValueError(
-                f"hidden has placements {hidden.placements}, each rank a part of D; expected whole hidden states: "
-                "redistribute them to Replicate()"
-            )
-        layout = _layout(hidden, [])
+        _refuse_sharded("hidden", hidden, hidden.dim() - 1, "whole hidden states: redistribute it to Replicate() there")
+        layout = _layout(hidden, None)
         hidden = hidden.to_local(grad_placements=hidden.placements)
     if not _is_dtensor(weight):
         if _is_dtensor(bias):
             raise TypeError("bias is a DTensor and weight is not, expected both or neither")
-        return hidden, weight, bias, _shard_of(process_group), layout
+        shard = _shard_of(process_group)
+        _refuse_tokens_of_its_ranks(shard, layout)
+        return hidden, weight, bias, shard, layout
 
-    if bias is not None and not (_is_dtensor(bias) and bias.placements == weight.placements):
-        given = bias.placements if _is_dtensor(bias) else "no DTensor"
-        raise ValueError(f"bias has placements {given}, expected those of weight, {weight.placements}")
-    if layout is not None and layout.mesh != weight.device_mesh:
-        raise ValueError("hidden and weight are DTensors of two device meshes, expected one")
-    dim = _vocab_dim(weight, layout, process_group)
-    shard = None if dim is None else _shard_over(weight.device_mesh, dim, len(weight))
+    _refuse_sharded("weight", weight, 1, "whole rows: redistribute it to Shard(0) or Replicate()")
+    if bias is not None and not (_is_dtensor(bias) and _lies_as(bias, weight)):
+        given = bias.placements if _is_dtensor(bias) else "none, it is no DTensor"
+        raise ValueError(f"bias has placements {given}, expected those of weight, {weight.placements}, on its mesh")
+    dim = _computed_in_parts(weight, layout, process_group)
+    shard = None if dim is None else _shard_over(weight, dim, len(weight))
     return hidden, _local_rows(weight, layout, dim), _local_rows(bias, layout, dim), shard, layout
 
 
@@ -91,21 +82,24 @@ def local_per_token(name: str, value: Any, layout: Layout | None) -> Any:
     """This rank's part of a value per token: of a DTensor that lies as the tokens do; anything else as it is."""
     if not _is_dtensor(value):
         return value
-    if layout is None or value.device_mesh != layout.mesh or value.placements != layout.placements:
-        expected = (
-            "no DTensor, as the tokens are none" if layout is None else f"those of the tokens, {layout.placements}"
+    if layout is None:
+        raise ValueError(f"{name} is a DTensor and the tensor of its tokens is not one; expected a plain tensor")
+    if not _lies_as(value, layout):
+        raise ValueError(
+            f"{name} has placements {value.placements} on {value.device_mesh}, expected those of the tokens, "
+            f"{layout.placements} on {layout.mesh}: redistribute it"
         )
-        raise ValueError(f"{name} is a DTensor with placements {value.placements}, expected {expected}")
     return value.to_local()
 
 
-def check_divisor(reduction: str, num_items: int | Tensor | None, layout: Layout | None) -> None:
-    """A mean over tokens of which this rank sees a part needs their number."""
+def local_divisor(reduction: str, num_items: Any, layout: Layout | None) -> Any:
+    """The number of items as a plain tensor or number; a mean over tokens of which this rank has a part needs it."""
     if layout is not None and layout.shards_tokens and reduction == "mean" and num_items is None:
         raise ValueError(
             f"the tokens are sharded over ranks with placements {layout.placements}, and a rank's mean would be of its "
             "own tokens; expected num_items_in_batch=, the number of all ranks' tokens, or reduction='sum' or 'none'"
         )
+    return num_items.full_tensor() if _is_dtensor(num_items) else num_items
 
 
 def _is_dtensor(value: object) -> TypeGuard[Any]:
@@ -113,55 +107,86 @@ def _is_dtensor(value: object) -> TypeGuard[Any]:
     return isinstance(value, Tensor) and hasattr(value, "full_tensor")
 
 
-def _sharded_along(name: str, value: Any, last: int) -> list[int]:
-    """The mesh dimensions that shard the last dimension; raises ValueError for placements that cannot work."""
-    found = []
-    for mesh_dim, placement in enumerate(value.placements):
-        if placement.is_partial():
+def _lies_as(value: Any, other: Any) -> bool:
+    """Whether a DTensor has the mesh and the placements of another DTensor or of a layout."""
+    mesh = other.mesh if isinstance(other, Layout) else other.device_mesh
+    return value.device_mesh == mesh and tuple(value.placements) == tuple(other.placements)
+
+
+def _mesh_dims(name: str, value: Any, dim: int) -> list[int]:
+    """The mesh dimensions over which a DTensor's dimension is sharded; ValueError where one does something else."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    for placement in value.placements:
+        # A subclass of Shard may lay the parts in another order.
+        if type(placement) not in (Replicate, Shard):
             raise ValueError(
-                f"{name} has placements {value.placements}, of which Partial is not summed yet; "
-                f"redistribute it first: {name}.redistribute(placements=...)"
+                f"{name} has placements {value.placements}, expected Shard and Replicate: redistribute it first, "
+                f"{name}.redistribute(placements=...)"
             )
-        if not (placement.is_replicate() or placement.is_shard()):
-            raise ValueError(f"{name} has placements {value.placements}, expected Shard and Replicate")
-        if placement.is_shard() and placement.dim % value.dim() == last:
-            found.append(mesh_dim)
-    return found
+    return [i for i, p in enumerate(value.placements) if p.is_shard() and p.dim % value.dim() == dim]
 
 
-def _layout(source: Any, vocab_dims: list[int]) -> Layout:
+def _refuse_sharded(name: str, value: Any, dim: int, expected: str) -> None:
+    if _mesh_dims(name, value, dim):
+        raise ValueError(f"{name} has placements {value.placements}, each rank a part of D; expected {expected}")
+
+
+def _only(name: str, value: Any, vocab_dims: list[int]) -> int | None:
+    """The mesh dimension over which the vocabulary is computed in parts; None where every rank computes all of it."""
+    if len(vocab_dims) > 1:
+        raise ValueError(
+            f"{name} has placements {value.placements}, the vocabulary over {len(vocab_dims)} mesh dimensions; "
+            "expected one at most: redistribute the others to Replicate()"
+        )
+    return vocab_dims[0] if vocab_dims else None
+
+
+def _layout(source: Any, vocab_dim: int | None) -> Layout:
     from torch.distributed.tensor import Replicate
 
-    placements = (Replicate() if i in vocab_dims else p for i, p in enumerate(source.placements))
+    placements = (Replicate() if i == vocab_dim else p for i, p in enumerate(source.placements))
     return Layout(source.device_mesh, tuple(placements))
 
 
-def _vocab_dim(weight: Any, layout: Layout | None, process_group: "dist.ProcessGroup | None") -> int | None:
-    """The mesh dimension over which the vocabulary is computed in parts; None where every rank computes all of it."""
-    if _sharded_along("weight", weight, 1):
-        raise ValueError(
-            f"weight has placements {weight.placements}, each rank a part of D; expected whole rows: redistribute it "
-            "to Shard(0) or Replicate()"
-        )
-    dims = _sharded_along("weight", weight, 0)
+def _computed_in_parts(weight: Any, layout: Layout | None, process_group: "dist.ProcessGroup | None") -> int | None:
+    """The mesh dimension whose ranks compute the logits of their own rows; None where every rank computes all."""
+    dims = _mesh_dims("weight", weight, 0)
     if layout is not None:
         if process_group is not None:
             raise ValueError("hidden and weight are DTensors, which name the ranks; expected process_group=None")
+        if layout.mesh != weight.device_mesh:
+            raise ValueError(f"hidden is on {layout.mesh} and weight on {weight.device_mesh}, expected one device mesh")
         # Ranks with tokens of their own cannot share columns: for them the weight is only stored in parts.
-        dims = [dim for dim in dims if not layout.placements[dim].is_shard()]
-    elif dims and (process_group is None or [process_group] != [weight.device_mesh.get_group(dim) for dim in dims]):
+        return _only("weight", weight, [dim for dim in dims if not layout.placements[dim].is_shard()])
+    if process_group is None and dims:
         raise ValueError(
-            f"weight is a DTensor with placements {weight.placements} and hidden is none, which leaves two cases. If "
-            "every rank has the same hidden states and computes its rows' logits (tensor parallelism), pass "
-            "process_group=weight.device_mesh.get_group(). If each rank has tokens of its own and the weight is only "
-            "stored in parts (FSDP), pass weight.full_tensor(), through which the gradient reaches the weight"
+            f"weight is a DTensor with placements {weight.placements} and hidden is not one, which leaves two cases. "
+            "If every rank has the same hidden states and computes its rows' logits (tensor parallelism), pass "
+            f"process_group=weight.device_mesh.get_group({dims[0]}). If each has tokens of its own and the weight is "
+            "only stored in parts (FSDP), pass weight.full_tensor(grad_placements=[Partial()]), which sums the ranks' "
+            "gradients"
         )
-    if len(dims) > 1:
+    shard, dim = _shard_of(process_group), _only("weight", weight, dims)
+    if shard is not None and (dim is None or shard.group != weight.device_mesh.get_group(dim).group_name):
         raise ValueError(
-            f"weight has placements {weight.placements}, its rows over {len(dims)} mesh dimensions; expected one at "
-            "most: redistribute the others to Replicate()"
+            f"weight has placements {weight.placements} on {weight.device_mesh}, its rows not over the ranks of "
+            "process_group; expected weight.device_mesh.get_group() of the mesh dimension that shards them, or None "
+            "where every rank has all rows"
         )
-    return dims[0] if dims else None
+    return dim
+
+
+def _refuse_tokens_of_its_ranks(shard: VocabShard | None, layout: Layout | None) -> None:
+    """Raises ValueError where the ranks that are to share columns have tokens of their own each."""
+    if shard is None or layout is None:
+        return
+    for dim, placement in enumerate(layout.placements):
+        if placement.is_shard() and layout.mesh.get_group(dim).group_name == shard.group:
+            raise ValueError(
+                f"hidden has placements {layout.placements}, other tokens on each rank of process_group; ranks that "
+                "share a vocabulary need the same tokens: redistribute it to Replicate() there"
+            )
 
 
 def _local_rows(weight: Any, layout: Layout | None, vocab_dim: int | None) -> Any:
@@ -171,15 +196,10 @@ def _local_rows(weight: Any, layout: Layout | None, vocab_dim: int | None) -> An
     if weight is None:
         return None
     placements = [p if i == vocab_dim else Replicate() for i, p in enumerate(weight.placements)]
-    # Even where nothing moves: the way back sums a gradient that each rank has of its own tokens.
-    weight = weight.redistribute(placements=placements)
-    if layout is None:
-        return weight.to_local(grad_placements=placements)
-    # A rank's gradient of a weight that all ranks use is of its own tokens.
-    of_tokens = [
-        Partial() if tokens.is_shard() else own for tokens, own in zip(layout.placements, placements, strict=True)
-    ]
-    return weight.to_local(grad_placements=of_tokens)
+    # A rank's gradient of a weight that all ranks use is of its own tokens. The backward of redistribute sums it.
+    tokens = [Replicate()] * len(placements) if layout is None else layout.placements
+    of_tokens = [Partial() if of.is_shard() else own for of, own in zip(tokens, placements, strict=True)]
+    return weight.redistribute(placements=placements).to_local(grad_placements=of_tokens)
 
 
 def _shard_of(process_group: "dist.ProcessGroup | None") -> VocabShard | None:
@@ -192,7 +212,8 @@ def _shard_of(process_group: "dist.ProcessGroup | None") -> VocabShard | None:
     return VocabShard(process_group.group_name)
 
 
-def _shard_over(mesh: Any, dim: int, vocab: int) -> VocabShard:
+def _shard_over(value: Any, dim: int, vocab: int) -> VocabShard:
+    mesh = value.device_mesh
     # As torch.chunk cuts: every rank but the last ones has as many columns.
     columns = -(-vocab // mesh.size(dim))
     first = min(mesh.get_local_rank(dim) * columns, vocab)

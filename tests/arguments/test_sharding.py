@@ -1,211 +1,490 @@
-"""DTensors of every placement: worked on in parts, locally or gathered, or an error that says what to do."""
+"""DTensors: what each placement means, gradients that are DTensors again, and errors that say what to do instead."""
+
+import functools
+import re
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-import torch.distributed as dist
+from oracles import assert_entropy, assert_gradient, reference_loss, reference_stats
+from ranks import run_on_ranks
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
 
+import em_kernels
 from em_kernels import (
+    EntropyLoss,
+    LinearEntropyLoss,
     entropy_loss,
     linear_entropy_loss,
     linear_token_stats,
-    token_entropy,
     token_stats,
 )
 
-VOCAB = 31  # Not even: 16 columns on the first of two ranks, 15 on the second.
-WHOLE, VOCABULARY, TOKENS, TIME = Replicate(), Shard(-1), Shard(0), Shard(1)
+
+class Spread(NamedTuple):
+    """A tensor that a rank makes a DTensor of, on the mesh of the call unless another one is named."""
+
+    tensor: Tensor
+    placements: list[Placement]
+    mesh: tuple[int, ...] | None = None
 
 
-@pytest.fixture
-def run(worlds):
-    return worlds.of(2).run
+class Answer(NamedTuple):
+    """What a rank has to say: its results, and of each operand the whole gradient and its placements."""
+
+    results: list[Tensor | None]
+    gradients: list[Tensor | None]
+    placements: list[Any]
 
 
-def mesh_of(*shape: int):
+@functools.cache
+def mesh_of(shape: tuple[int, ...]) -> DeviceMesh:
     return init_device_mesh("cpu", shape)
 
 
-def whole(values: Tensor) -> Tensor:
-    return values.full_tensor() if isinstance(values, DTensor) else values
+def made(value: Any, mesh: DeviceMesh) -> Any:
+    if not isinstance(value, Spread):
+        return value
+    mesh = mesh if value.mesh is None else mesh_of(value.mesh)
+    if all(type(placement) in (Shard, Replicate) for placement in value.placements):
+        return distribute_tensor(value.tensor, mesh, value.placements)
+    return DTensor.from_local(value.tensor, mesh, value.placements)
 
 
-def close(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(whole(actual.detach()), expected.detach(), rtol=3e-6, atol=3e-6)
+def arguments_of(operands, options, mesh: DeviceMesh) -> tuple[list[Any], dict[str, Any]]:
+    """The arguments of a call as this rank gives them; `group_of` is a dimension of the mesh."""
+    options = {key: made(value, mesh) for key, value in options.items()}
+    if "group_of" in options:
+        options["process_group"] = mesh.get_group(options.pop("group_of"))
+    return [made(operand, mesh) for operand in operands], options
 
 
-# -------------------------------------------------------------------------------------------------------------- logits
+def on_rank(name: str, operands, options, upstream, mesh) -> Answer:
+    operands, options = arguments_of(operands, options, mesh_of(mesh))
+    leaves = [x.requires_grad_() for x in (*operands, options.get("bias")) if x is not None]
+    found = getattr(em_kernels, name)(*operands, **options)
+    results = [r for r in (found if isinstance(found, tuple) else [found]) if r is not None]
+    assert not any(isinstance(result, DTensor) for result in results)
+    sum((result * made(upstream, mesh_of(mesh))).sum() for result in results).backward()
+    gradients = [leaf.grad for leaf in leaves]
+    return Answer(
+        [result.detach() for result in results],
+        [g.full_tensor() if isinstance(g, DTensor) else g for g in gradients],
+        [g.placements if isinstance(g, DTensor) else None for g in gradients],
+    )
 
 
-def check_logits(shape, placements):
-    mesh, logits = mesh_of(*shape), torch.randn(2, 3, VOCAB)
-    mask, target = torch.tensor([[1, 0, 1], [1, 1, 1]]), torch.randint(0, VOCAB, (2, 3))
-    results = []
-    for distributed in (False, True):
-        leaf = distribute_tensor(logits, mesh, placements) if distributed else logits.clone()
-        leaf.requires_grad_()
-        stats = token_stats(leaf, target, mask=mask, temperature=0.7)
-        (entropy_loss(leaf, mask) + stats.logprob.sum() + stats.lse.sum()).backward()
-        entropy = token_entropy(leaf, mask)
-        results.append((entropy_loss(leaf, mask), *stats[:4], entropy, leaf.grad))
-    for actual, expected in zip(results[1], results[0], strict=True):
-        close(actual, expected)
-    assert results[1][-1].placements == leaf.placements
+def call(function, *operands, mesh=(2,), upstream=1.0, **options) -> list[Answer]:
+    return run_on_ranks(2, on_rank, function.__name__, operands, options, upstream, mesh)
+
+
+def refused_on_rank(name: str, message: str, operands, options, mesh) -> None:
+    operands, options = arguments_of(operands, options, mesh_of(mesh))
+    with pytest.raises((ValueError, TypeError), match=re.escape(message)):
+        getattr(em_kernels, name)(*operands, **options)
+
+
+def refuses(message: str, function, *operands, mesh=(2,), **options) -> None:
+    run_on_ranks(2, refused_on_rank, function.__name__, message, operands, options, mesh)
+
+
+def as_distributed(placements: list[Placement], dims: int) -> tuple[Placement, ...]:
+    """The placements as a DTensor has them, its dimensions counted from the front."""
+    return tuple(Shard(p.dim % dims) if isinstance(p, Shard) else p for p in placements)
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
+
+
+SHAPE, VOCAB = (3, 5), 23
+LOGITS = random(*SHAPE, VOCAB) * 3
+MASK = (random(*SHAPE).abs() - 0.3).clamp(min=0)
+TARGET = torch.arange(15).reshape(SHAPE)
+TEMPERATURE = random(*SHAPE).abs() + 0.5
+HIDDEN, WEIGHT, BIAS = random(*SHAPE, 8), random(VOCAB, 8), random(VOCAB)
+
+
+# --------------------------------------------------------------------------------------------------------------- logits
 
 
 @pytest.mark.parametrize(
-    ("shape", "placements"),
+    ("mesh", "placements"),
     [
-        ((2,), [VOCABULARY]),
+        ((2,), [Shard(-1)]),
         ((2,), [Shard(2)]),
-        ((2,), [WHOLE]),
-        ((1, 2), [WHOLE, VOCABULARY]),
-        ((1, 2), [TOKENS, VOCABULARY]),
-        ((2, 1), [VOCABULARY, WHOLE]),
+        ((2,), [Replicate()]),
+        ((1, 2), [Shard(0), Shard(2)]),
+        ((1, 2), [Replicate(), Shard(-1)]),
+        ((2, 1), [Shard(2), Replicate()]),
     ],
     ids=str,
 )
-def test_logits(run, shape, placements):
-    run(check_logits, shape, placements)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_logits_with_every_token_on_every_rank(mesh, placements, reduction):
+    items = {"num_items_in_batch": 5} if reduction == "mean" else {}
+    expected, gradient = reference_loss(LOGITS, MASK, reduction=reduction, **items)
+    first, second = call(entropy_loss, Spread(LOGITS, placements), mask=MASK, mesh=mesh, reduction=reduction, **items)
+    for answer in (first, second):
+        assert_entropy(answer.results[0], expected)
+        assert_gradient(answer.gradients[0], gradient, torch.float32)
+        assert answer.placements == [as_distributed(placements, 3)]
+    assert torch.equal(first.results[0], second.results[0])
 
 
-def check_tokens(placement):
-    """Logits that are sharded along the tokens: each rank has the loss and the statistics of its own."""
-    mesh, logits = mesh_of(2), torch.randn(2, 4, VOCAB)
-    mask, temperature = torch.randint(0, 2, (2, 4)).bool(), torch.rand(2, 4) + 0.5
-    of_rank = lambda values: distribute_tensor(values, mesh, [placement])  # noqa: E731
-    plain = logits.clone().requires_grad_()
-    expected = entropy_loss(plain, mask, temperature=temperature, num_items_in_batch=6)
-    expected.backward()
-    per_token = token_stats(logits, mask=mask, temperature=temperature).varentropy
-    # A value per token lies as the tokens do, as a DTensor or as this rank's part.
-    for part in (of_rank, lambda values: of_rank(values).to_local()):
-        leaf = of_rank(logits).requires_grad_()
-        options = {"mask": part(mask), "temperature": part(temperature)}
-        loss = entropy_loss(leaf, num_items_in_batch=6, **options)
-        loss.backward()
-        total = loss.detach().clone()
-        dist.all_reduce(total)
-        close(total, expected)
-        close(leaf.grad, plain.grad)
-        close(token_stats(leaf, **options).varentropy, of_rank(per_token).to_local())
-    with pytest.raises(ValueError, match="expected num_items_in_batch=, the number of all ranks' tokens"):
-        entropy_loss(of_rank(logits))
-    with pytest.raises(
-        ValueError, match=r"mask is a DTensor with placements .*Replicate.*, expected those of the tokens"
-    ):
-        entropy_loss(of_rank(logits), distribute_tensor(mask, mesh, [WHOLE]), reduction="sum")
-    with pytest.raises(ValueError, match=r"mask is a DTensor with placements .*, expected no DTensor"):
-        entropy_loss(logits, of_rank(mask))
-    with pytest.raises(ValueError, match=r"mask has shape \(2, 4\), expected logits.shape\[:-1\]"):
-        entropy_loss(of_rank(logits), mask, reduction="sum")
+def test_the_mean_of_whole_tokens_needs_no_number_of_them():
+    expected, gradient = reference_loss(LOGITS, MASK)
+    for answer in call(entropy_loss, Spread(LOGITS, [Shard(-1)]), mask=Spread(MASK, [Replicate()])):
+        assert_entropy(answer.results[0], expected)
+        assert_gradient(answer.gradients[0], gradient, torch.float32)
 
 
-@pytest.mark.parametrize("placement", [TOKENS, TIME], ids=str)
-def test_logits_sharded_along_the_tokens(run, placement):
-    run(check_tokens, placement)
+@pytest.mark.parametrize("vocab", [1, 2])
+def test_a_rank_may_have_one_column_or_none(vocab):
+    expected, gradient = reference_loss(LOGITS[..., :vocab])
+    for answer in call(entropy_loss, Spread(LOGITS[..., :vocab], [Shard(-1)])):
+        assert_entropy(answer.results[0], expected)
+        assert_gradient(answer.gradients[0], gradient, torch.float32)
 
 
-def check_bad_logits():
-    logits = torch.randn(2, 3, 32)
-    with pytest.raises(ValueError, match=r"logits has placements .*Partial.* redistribute it first"):
-        entropy_loss(DTensor.from_local(logits, mesh_of(2), [Partial()]))
-    with pytest.raises(ValueError, match="its vocabulary over 2 mesh dimensions; expected one at most"):
-        entropy_loss(distribute_tensor(logits, mesh_of(1, 2), [VOCABULARY, VOCABULARY]))
-    with pytest.raises(ValueError, match="logits is a DTensor, whose placements name the ranks"):
-        entropy_loss(distribute_tensor(logits, mesh_of(2), [VOCABULARY]), process_group=dist.group.WORLD)
+TOKENS_OVER_RANKS = [
+    ((2,), [Shard(0)], 0),
+    ((2,), [Shard(1)], 1),
+    ((2, 1), [Shard(0), Shard(2)], 0),
+    ((1, 2), [Replicate(), Shard(-2)], 1),
+]
 
 
-def test_logits_that_cannot_work(run):
-    run(check_bad_logits)
+@pytest.mark.parametrize(("mesh", "placements", "dim"), TOKENS_OVER_RANKS, ids=str)
+def test_each_rank_has_the_loss_of_its_own_tokens(mesh, placements, dim):
+    logits = Spread(LOGITS, placements)
+    mask = Spread(MASK, [p if p == Shard(dim) else Replicate() for p in as_distributed(placements, 3)])
+    expected, gradient = reference_loss(LOGITS, MASK, reduction="none")
+    answers = call(entropy_loss, logits, mask=mask, mesh=mesh, reduction="none")
+    assert_entropy(torch.cat([answer.results[0] for answer in answers], dim), expected)
+    for answer in answers:
+        assert_gradient(answer.gradients[0], gradient, torch.float32)
+        assert answer.placements == [as_distributed(placements, 3)]
+
+    expected, gradient = reference_loss(LOGITS, MASK, num_items_in_batch=7)
+    answers = call(entropy_loss, logits, mask=mask, mesh=mesh, num_items_in_batch=7)
+    assert_entropy(sum(answer.results[0] for answer in answers), expected)
+    assert_gradient(answers[0].gradients[0], gradient, torch.float32)
 
 
-@pytest.mark.parametrize("group", ["world", 0, True])
-def test_a_process_group_that_is_none(group):
-    with pytest.raises(TypeError, match=r"process_group is a \w+, expected a torch.distributed.ProcessGroup"):
-        entropy_loss(torch.zeros(2, 3), process_group=group)
+@pytest.mark.parametrize(("mesh", "placements", "dim"), TOKENS_OVER_RANKS, ids=str)
+def test_each_rank_has_the_statistics_of_its_own_tokens(mesh, placements, dim):
+    placements = as_distributed(placements, 3)
+    of_tokens = [p if p == Shard(dim) else Replicate() for p in placements]
+    expected, gradient = reference_stats(LOGITS, TARGET, MASK, [torch.ones(SHAPE)] * 4, TEMPERATURE)
+    options = {"mask": Spread(MASK, of_tokens), "temperature": Spread(TEMPERATURE, of_tokens)}
+    answers = call(token_stats, Spread(LOGITS, placements), target=Spread(TARGET, of_tokens), mesh=mesh, **options)
+    for i in range(4):
+        found = torch.cat([answer.results[i] for answer in answers], dim)
+        torch.testing.assert_close(found.double(), expected[i], rtol=2e-6, atol=1e-5)
+    assert_gradient(answers[0].gradients[0], gradient, torch.float32, scale=4 / TEMPERATURE)
 
 
-# ------------------------------------------------------------------------------------------------------- hidden states
+def test_the_number_of_all_ranks_tokens_may_be_a_sum_that_is_not_summed_yet():
+    # As of a mask that lies as the tokens do: (mask != 0).sum() of a DTensor.
+    expected, _ = reference_loss(LOGITS, num_items_in_batch=15)
+    items = Spread(torch.tensor(7.5), [Partial()])
+    answers = call(entropy_loss, Spread(LOGITS, [Shard(0)]), num_items_in_batch=items)
+    assert_entropy(sum(answer.results[0] for answer in answers), expected)
 
 
-def draw():
-    return torch.randn(2, 4, 8), torch.randn(VOCAB, 8), torch.randn(VOCAB)
-
-
-def check_operands(shape, hidden_placements, weight_placements):
-    mesh, operands = mesh_of(*shape), draw()
-    plain = [x.clone().requires_grad_() for x in operands]
-    expected = linear_entropy_loss(*plain[:2], bias=plain[2], reduction="sum")
-    expected.backward()
-    leaves = [
-        distribute_tensor(x, mesh, placements).requires_grad_()
-        for x, placements in zip(operands, (hidden_placements, weight_placements, weight_placements), strict=True)
-    ]
-    loss = linear_entropy_loss(*leaves[:2], bias=leaves[2], reduction="sum")
+def of_a_gather_under_way(logits) -> tuple[Tensor, Tensor]:
+    leaf = distribute_tensor(logits, mesh_of((2,)), [Shard(0)]).requires_grad_()
+    loss = entropy_loss(leaf.redistribute(placements=[Replicate()], async_op=True))
     loss.backward()
-    total = loss.detach().clone()
-    if any(placement.is_shard() for placement in hidden_placements):
-        dist.all_reduce(total)
-    close(total, expected)
-    for leaf, exact in zip(leaves, plain, strict=True):
-        assert leaf.grad.placements == leaf.placements
-        close(leaf.grad, exact.grad)
-    statistics = linear_token_stats(*leaves[:2], bias=leaves[2]).entropy
-    per_token = linear_token_stats(*operands[:2], bias=operands[2]).entropy
-    close(statistics, distribute_tensor(per_token, mesh, hidden_placements).to_local())
+    return loss.detach(), leaf.grad.full_tensor()
+
+
+def test_logits_that_are_still_being_gathered():
+    expected, gradient = reference_loss(LOGITS)
+    for loss, found in run_on_ranks(2, of_a_gather_under_way, LOGITS):
+        assert type(loss) is Tensor
+        assert_entropy(loss, expected)
+        assert_gradient(found, gradient, torch.float32)
+
+
+def test_inplace_backward():
+    _, gradient = reference_loss(LOGITS)
+    answers = call(entropy_loss, Spread(LOGITS, [Shard(-1)]), inplace_backward=True)
+    assert_gradient(answers[1].gradients[0], gradient, torch.float32)
 
 
 @pytest.mark.parametrize(
-    ("shape", "hidden", "weight"),
+    ("placements", "message"),
     [
-        ((2,), [WHOLE], [Shard(0)]),
-        ((2,), [WHOLE], [WHOLE]),
-        ((2,), [TOKENS], [Shard(0)]),
-        ((2,), [TIME], [Shard(0)]),
-        ((2,), [TOKENS], [WHOLE]),
-        ((1, 2), [WHOLE, WHOLE], [WHOLE, Shard(0)]),
-        ((2, 1), [TOKENS, WHOLE], [WHOLE, Shard(0)]),
-        ((2, 1), [TOKENS, WHOLE], [Shard(0), WHOLE]),
+        ([Partial()], "logits has placements (Partial(sum),), expected Shard and Replicate: redistribute it first"),
+        ([_StridedShard(2, split_factor=2)], "expected Shard and Replicate: redistribute it first"),
+    ],
+    ids=["partial", "strided"],
+)
+def test_placements_of_logits_that_cannot_work(placements, message):
+    refuses(message, entropy_loss, Spread(LOGITS, placements))
+    refuses(message, token_stats, Spread(LOGITS, placements))
+
+
+def test_a_vocabulary_over_two_mesh_dimensions():
+    message = "the vocabulary over 2 mesh dimensions; expected one at most: redistribute the others to Replicate()"
+    refuses(message, entropy_loss, Spread(LOGITS, [Shard(2), Shard(2)]), mesh=(1, 2))
+
+
+@pytest.mark.parametrize("placements", [[Shard(0)], [Shard(1)]], ids=str)
+def test_a_mean_over_the_tokens_of_one_rank(placements):
+    message = "expected num_items_in_batch=, the number of all ranks' tokens, or reduction='sum' or 'none'"
+    refuses(message, entropy_loss, Spread(LOGITS, placements))
+    refuses(message, linear_entropy_loss, Spread(HIDDEN, placements), WEIGHT)
+
+
+@pytest.mark.parametrize("name", ["mask", "target", "temperature"])
+def test_values_per_token_that_lie_otherwise_than_the_tokens(name):
+    value = {"mask": MASK, "target": TARGET, "temperature": TEMPERATURE}[name]
+    logits, hidden = Spread(LOGITS, [Shard(0)]), Spread(HIDDEN, [Shard(0)])
+    message = f"{name} has placements (Replicate(),) on"
+    refuses(message, token_stats, logits, **{name: Spread(value, [Replicate()])})
+    refuses(message, linear_token_stats, hidden, WEIGHT, **{name: Spread(value, [Replicate()])})
+    message = f"{name} is a DTensor and the tensor of its tokens is not one; expected a plain tensor"
+    refuses(message, token_stats, LOGITS, **{name: Spread(value, [Shard(0)])})
+    if name != "target":
+        refuses(message, entropy_loss, LOGITS, **{name: Spread(value, [Shard(0)])})
+        refuses(message, linear_entropy_loss, HIDDEN, WEIGHT, **{name: Spread(value, [Shard(0)])})
+
+
+def test_the_other_mesh_of_a_mask():
+    message = "expected those of the tokens, (Shard(dim=0),) on DeviceMesh"
+    refuses(message, token_stats, Spread(LOGITS, [Shard(0)]), mask=Spread(MASK, [Shard(0), Replicate()], (2, 1)))
+
+
+def test_a_process_group_beside_a_dtensor():
+    message = "logits is a DTensor, whose placements name the ranks; expected process_group=None"
+    refuses(message, entropy_loss, Spread(LOGITS, [Shard(-1)]), group_of=0)
+
+
+@pytest.mark.parametrize("given", ["0", 0, [0, 1]], ids=repr)
+def test_process_groups_of_another_type(given):
+    message = f"process_group is a {type(given).__name__}, expected a torch.distributed.ProcessGroup"
+    with pytest.raises(TypeError, match=message):
+        entropy_loss(LOGITS, process_group=given)
+    with pytest.raises(TypeError, match=message):
+        linear_token_stats(HIDDEN, WEIGHT, process_group=given)
+    with pytest.raises(TypeError, match=message):
+        EntropyLoss()(LOGITS, process_group=given)
+    with pytest.raises(TypeError, match=message):
+        LinearEntropyLoss()(HIDDEN, WEIGHT, process_group=given)
+
+
+# -------------------------------------------------------------------------------------------------------- hidden states
+
+
+def exact_gradients(g: Tensor) -> list[Tensor]:
+    """Of hidden states, weight and bias, from that of the logits."""
+    rows = g.reshape(-1, VOCAB)
+    return [g @ WEIGHT.double(), rows.T @ HIDDEN.double().reshape(-1, HIDDEN.shape[-1]), rows.sum(0)]
+
+
+def check_linear(
+    hidden: list[Placement] | None,
+    weight: list[Placement] | None,
+    expected: list[list[Placement] | None],
+    *,
+    mesh: tuple[int, ...] = (2,),
+    tokens: int | None = None,
+    **options: Any,
+) -> None:
+    """Losses and gradients of operands with these placements, None for a plain tensor, against the reference.
+
+    Args:
+        hidden, weight: how the hidden states and weight and bias lie.
+        expected: how the gradients of hidden states and of weight and bias lie.
+        mesh: the shape of the device mesh.
+        tokens: the dimension of the tokens of which each rank has a part, None where it has all.
+    """
+    logits = HIDDEN.double() @ WEIGHT.double().T + BIAS.double()
+    h = HIDDEN if hidden is None else Spread(HIDDEN, hidden)
+    w, b = (WEIGHT, BIAS) if weight is None else (Spread(WEIGHT, weight), Spread(BIAS, weight))
+    of_tokens = None if hidden is None else [p if isinstance(p, Shard) and p.dim < 2 else Replicate() for p in hidden]
+    mask = MASK if of_tokens is None else Spread(MASK, of_tokens)
+    target = TARGET if of_tokens is None else Spread(TARGET, of_tokens)
+
+    def check_gradients(answers: list[Answer], gradient: Tensor) -> None:
+        for answer in answers:
+            for found, exact in zip(answer.gradients, exact_gradients(gradient), strict=True):
+                torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=2e-6 * float(exact.abs().amax()))
+            of_hidden, of_weight = (None if p is None else tuple(p) for p in expected)
+            assert answer.placements == [of_hidden, of_weight, of_weight]
+
+    options["mesh"] = mesh
+    loss, gradient = reference_loss(logits, MASK, num_items_in_batch=7)
+    answers = call(linear_entropy_loss, h, w, mask=mask, bias=b, num_items_in_batch=7, **options)
+    losses = [answer.results[0] for answer in answers]
+    assert_entropy(losses[0] if tokens is None else sum(losses), loss)
+    check_gradients(answers, gradient)
+
+    fields, gradient = reference_stats(logits, TARGET, MASK, [torch.ones(SHAPE)] * 4)
+    answers = call(linear_token_stats, h, w, target=target, mask=mask, bias=b, **options)
+    for i in range(4):
+        parts = [answer.results[i] for answer in answers]
+        found = parts[0] if tokens is None else torch.cat(parts, tokens)
+        torch.testing.assert_close(found.double(), fields[i], rtol=2e-6, atol=1e-5)
+    check_gradients(answers, gradient)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "hidden", "weight"),
+    [
+        ((2,), [Replicate()], [Shard(0)]),
+        ((2,), [Replicate()], [Replicate()]),
+        ((1, 2), [Shard(0), Replicate()], [Replicate(), Shard(0)]),
+        ((1, 2), [Replicate(), Replicate()], [Replicate(), Shard(0)]),
     ],
     ids=str,
 )
-def test_operands(run, shape, hidden, weight):
-    run(check_operands, shape, hidden, weight)
+def test_hidden_states_with_every_token_on_every_rank(mesh, hidden, weight):
+    check_linear(hidden, weight, [hidden, weight], mesh=mesh)
 
 
-def check_bad_operands():
-    hidden, weight, bias = draw()
-    mesh = mesh_of(2)
-    at = lambda values, *placements: distribute_tensor(values, mesh, placements)  # noqa: E731
-    rows = at(weight, Shard(0))
-    group = mesh.get_group()
-    for call, message in (
-        (lambda: linear_entropy_loss(hidden, rows), r"tensor parallelism.* process_group=.*FSDP.* weight.full_tensor"),
-        (lambda: linear_entropy_loss(at(hidden, WHOLE), at(weight, Shard(1))), "each rank a part of D"),
-        (lambda: linear_entropy_loss(at(hidden, Shard(2)), weight), "each rank a part of D"),
-        (lambda: linear_entropy_loss(at(hidden, WHOLE), rows, bias=bias), "bias has placements no DTensor, expected"),
-        (lambda: linear_entropy_loss(at(hidden, WHOLE), rows, bias=at(bias, WHOLE)), "expected those of weight"),
-        (lambda: linear_entropy_loss(at(hidden, WHOLE), rows, process_group=group), "expected process_group=None"),
-        (lambda: linear_entropy_loss(DTensor.from_local(hidden, mesh, [Partial()]), rows), "Partial is not summed yet"),
-        (lambda: linear_entropy_loss(at(hidden, TOKENS), rows), "expected num_items_in_batch="),
+@pytest.mark.parametrize(
+    ("mesh", "hidden", "weight", "tokens"),
+    [
+        ((2,), [Shard(0)], [Replicate()], 0),
+        ((2,), [Shard(1)], [Replicate()], 1),
+        # As FSDP stores a weight: in parts, and every rank has tokens of its own.
+        ((2,), [Shard(0)], [Shard(0)], 0),
+        ((2,), [Shard(1)], [Shard(0)], 1),
+        ((2, 1), [Shard(0), Replicate()], [Replicate(), Shard(0)], 0),
+        ((2, 1), [Shard(0), Replicate()], [Shard(0), Shard(0)], 0),
+    ],
+    ids=str,
+)
+def test_a_weight_that_ranks_use_for_tokens_of_their_own(mesh, hidden, weight, tokens):
+    check_linear(hidden, weight, [hidden, weight], mesh=mesh, tokens=tokens)
+
+
+def test_a_plain_weight_and_hidden_states_of_each_ranks_own():
+    expected, _ = reference_loss(HIDDEN.double() @ WEIGHT.double().T, reduction="none")
+    answers = call(linear_entropy_loss, Spread(HIDDEN, [Shard(1)]), WEIGHT, reduction="none")
+    assert_entropy(torch.cat([answer.results[0] for answer in answers], 1), expected)
+    # Of its own tokens, as in data parallelism.
+    _, gradient = reference_loss(HIDDEN.double() @ WEIGHT.double().T)
+    of_weight = sum(answer.gradients[1].double() for answer in answers) / 15
+    torch.testing.assert_close(of_weight, exact_gradients(gradient)[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "weight", "group_of"), [((2,), [Shard(0)], 0), ((1, 2), [Replicate(), Shard(0)], 1)], ids=str
+)
+def test_plain_hidden_states_and_the_group_of_a_weight_in_parts(mesh, weight, group_of):
+    check_linear(None, weight, [None, weight], mesh=mesh, group_of=group_of)
+
+
+def test_plain_hidden_states_and_a_replicated_weight():
+    check_linear(None, [Replicate()], [None, [Replicate()]])
+
+
+def test_a_weight_in_parts_leaves_two_cases():
+    for function in (linear_entropy_loss, linear_token_stats):
+        for case in (
+            "(tensor parallelism), pass process_group=weight.device_mesh.get_group(0)",
+            "(FSDP), pass weight.full_tensor(grad_placements=[Partial()])",
+        ):
+            refuses(case, function, HIDDEN, Spread(WEIGHT, [Shard(0)]))
+
+
+def as_the_error_says(hidden, weight) -> tuple[Tensor, Tensor]:
+    """The second case: plain hidden states of this rank's own, and a weight that is only stored in parts."""
+    own = hidden.chunk(2)[torch.distributed.get_rank()]
+    weight = distribute_tensor(weight, mesh_of((2,)), [Shard(0)]).requires_grad_()
+    loss = linear_entropy_loss(own, weight.full_tensor(grad_placements=[Partial()]), num_items_in_batch=15)
+    loss.backward()
+    assert weight.grad.placements == (Shard(0),)
+    return loss.detach(), weight.grad.full_tensor()
+
+
+def test_what_the_error_says_of_a_weight_that_is_stored_in_parts():
+    expected, gradient = reference_loss(HIDDEN.double() @ WEIGHT.double().T)
+    answers = run_on_ranks(2, as_the_error_says, HIDDEN, WEIGHT)
+    assert_entropy(sum(loss for loss, _ in answers), expected)
+    torch.testing.assert_close(answers[0][1].double(), exact_gradients(gradient)[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "weight", "message"),
+    [
+        ([Partial()], [Shard(0)], "hidden has placements (Partial(sum),), expected Shard and Replicate"),
+        ([Shard(2)], [Shard(0)], "hidden has placements (Shard(dim=2),), each rank a part of D; expected whole hidden"),
         (
-            lambda: linear_entropy_loss(distribute_tensor(hidden, mesh_of(1, 2), [WHOLE, WHOLE]), rows),
-            "two device meshes",
+            [Replicate()],
+            [Shard(1)],
+            "weight has placements (Shard(dim=1),), each rank a part of D; expected whole rows",
         ),
-    ):
-        with pytest.raises(ValueError, match=message):
-            call()
-    with pytest.raises(TypeError, match="bias is a DTensor and weight is not"):
-        linear_entropy_loss(hidden, weight, bias=at(bias, WHOLE))
-    # What the first message advises works.
-    expected = linear_entropy_loss(hidden, weight)
-    close(linear_entropy_loss(hidden, rows, process_group=group), expected)
-    close(linear_entropy_loss(hidden, rows.full_tensor()), expected)
-    close(linear_entropy_loss(hidden, at(weight, WHOLE)), expected)
+        (None, [Shard(1)], "weight has placements (Shard(dim=1),), each rank a part of D; expected whole rows"),
+        ([Replicate()], [Partial()], "weight has placements (Partial(sum),), expected Shard and Replicate"),
+        ([Replicate()], [_StridedShard(0, split_factor=2)], "expected Shard and Replicate: redistribute it first"),
+    ],
+    ids=str,
+)
+def test_placements_of_operands_that_cannot_work(hidden, weight, message):
+    hidden = HIDDEN if hidden is None else Spread(HIDDEN, hidden)
+    refuses(message, linear_entropy_loss, hidden, Spread(WEIGHT, weight), num_items_in_batch=1)
 
 
-def test_operands_that_cannot_work(run):
-    run(check_bad_operands)
+@pytest.mark.parametrize("hidden", [None, [Replicate(), Replicate()]], ids=str)
+def test_rows_over_two_mesh_dimensions(hidden):
+    hidden = HIDDEN if hidden is None else Spread(HIDDEN, hidden)
+    message = "weight has placements (Shard(dim=0), Shard(dim=0)), the vocabulary over 2 mesh dimensions"
+    group = {"group_of": 1} if isinstance(hidden, Tensor) else {}
+    refuses(message, linear_entropy_loss, hidden, Spread(WEIGHT, [Shard(0), Shard(0)]), mesh=(1, 2), **group)
+
+
+@pytest.mark.parametrize(
+    ("weight", "bias", "message"),
+    [
+        ([Shard(0)], [Replicate()], "bias has placements (Replicate(),), expected those of weight, (Shard(dim=0),)"),
+        ([Shard(0)], None, "bias has placements none, it is no DTensor, expected those of weight, (Shard(dim=0),)"),
+        (None, [Shard(0)], "bias is a DTensor and weight is not, expected both or neither"),
+    ],
+    ids=str,
+)
+def test_a_bias_lies_as_the_weight_does(weight, bias, message):
+    weight = WEIGHT if weight is None else Spread(WEIGHT, weight)
+    bias = BIAS if bias is None else Spread(BIAS, bias)
+    refuses(message, linear_entropy_loss, Spread(HIDDEN, [Replicate()]), weight, bias=bias)
+
+
+def test_operands_on_two_meshes():
+    weight = Spread(WEIGHT, [Replicate(), Shard(0)], mesh=(1, 2))
+    refuses("expected one device mesh", linear_entropy_loss, Spread(HIDDEN, [Replicate()]), weight)
+
+
+def test_process_groups_that_do_not_fit_the_operands():
+    refuses(
+        "hidden and weight are DTensors, which name the ranks; expected process_group=None",
+        linear_entropy_loss,
+        Spread(HIDDEN, [Replicate()]),
+        Spread(WEIGHT, [Shard(0)]),
+        group_of=0,
+    )
+    refuses(
+        "weight has placements (Replicate(),)", linear_entropy_loss, HIDDEN, Spread(WEIGHT, [Replicate()]), group_of=0
+    )
+    refuses(
+        "its rows not over the ranks of process_group",
+        linear_entropy_loss,
+        HIDDEN,
+        Spread(WEIGHT, [Replicate(), Shard(0)]),
+        mesh=(1, 2),
+        group_of=0,
+    )
+    refuses(
+        "hidden has placements (Shard(dim=1),), other tokens on each rank of process_group",
+        linear_entropy_loss,
+        Spread(HIDDEN, [Shard(1)]),
+        WEIGHT,
+        group_of=0,
+    )
