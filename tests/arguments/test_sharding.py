@@ -257,8 +257,9 @@ def test_values_per_token_that_lie_otherwise_than_the_tokens(name):
 
 
 def test_the_other_mesh_of_a_mask():
-    message = "expected those of the tokens, (Shard(dim=0),) on DeviceMesh"
-    refuses(message, token_stats, Spread(LOGITS, [Shard(0)]), mask=Spread(MASK, [Shard(0), Replicate()], (2, 1)))
+    placements = [Shard(0), Replicate()]
+    message = "expected those of the tokens, (Shard(dim=0), Replicate()) on DeviceMesh"
+    refuses(message, token_stats, Spread(LOGITS, placements, (2, 1)), mask=Spread(MASK, placements, (1, 2)))
 
 
 def test_a_process_group_beside_a_dtensor():

@@ -289,15 +289,15 @@ def test_rows_without_a_distribution_are_nan_on_every_rank(backend, cuts):
         assert field is None or field.isnan().tolist() == [True] * 3 + [False] * 3
 
 
-def test_logits_far_from_zero(backend):
-    # Multiples of 2^-10, so that the offset does not round them.
-    logits = (torch.randn(2, 9) * 1024).round() / 1024
-    for cuts in ((0, 4, 9), (0, 1, 9)):
-        near = check_stats(logits, cuts, torch.tensor([0, 8]), backend=backend)
-        far = check_stats(logits - 200, cuts, torch.tensor([0, 8]), backend=backend)
-        for name in ("entropy", "logprob", "varentropy"):
-            assert torch.equal(getattr(near[0], name), getattr(far[0], name))
-        assert torch.equal(near[1], far[1])
+@pytest.mark.parametrize("offset", [-200, -(2**15), 2**15])
+@pytest.mark.parametrize("cuts", [(0, 4, 9), (0, 1, 9), (0, 4, 4, 9)], ids=str)
+def test_logits_far_from_zero(backend, cuts, offset):
+    # Multiples of 2^-8, so that the offset does not round them.
+    logits, target = (torch.randn(2, 9) * 256).round() / 256, torch.tensor([0, 8])
+    near, far = (check_stats(z, cuts, target, backend=backend) for z in (logits, logits + offset))
+    for name in ("entropy", "logprob", "varentropy"):
+        assert torch.equal(getattr(near[0], name), getattr(far[0], name))
+    assert torch.equal(near[1], far[1])
 
 
 @pytest.mark.parametrize("cuts", [(0, 1, 3), (0, 2, 3), (0, 1, 2, 3)], ids=str)
@@ -656,3 +656,15 @@ def test_compiled(name, options):
         for a, b in zip(compiled.results + compiled.gradients, eager.results + eager.gradients, strict=True):
             assert (a is None) == (b is None)
             assert a is None or torch.equal(a, b)
+
+
+def compiled_statistics(logits, cuts, target) -> TokenStats:
+    function = torch.compile(token_stats, fullgraph=True, backend="aot_eager")
+    return function(own_columns(logits, cuts), target, process_group=distributed.group.WORLD)
+
+
+def test_a_target_out_of_range_is_nan_where_it_cannot_be_seen():
+    answers = run_on_ranks(2, compiled_statistics, torch.randn(4, 23), CUTS["unequal"], torch.tensor([0, 22, 23, -1]))
+    for stats in answers:
+        for field in stats[:4]:
+            assert field.isnan().tolist() == [False, False, True, True]

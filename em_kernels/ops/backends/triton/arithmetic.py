@@ -120,11 +120,13 @@ def accumulate(sums, z, scale_hi, scale_lo, SECOND_MOMENT: tl.constexpr, EXTRA: 
     """
     old_m, s, a, b, count, sum_d, sum_e2 = sums
     m = tl.maximum(old_m, tl.max(tl.max(z, axis=2), axis=0).to(tl.float32))
+    d, e = exponential(z, m[None, :, None], scale_hi, scale_lo)
+    de = d * e
     # The old maximum takes the logits' dtype: a 16-bit maximum needs no more care than the elements.
     old = (old_m.to(z.dtype), s, a, b, count, sum_d, sum_e2)
     m, s, a, b, count, sum_d, sum_e2 = move(old, m, scale_hi, scale_lo, SECOND_MOMENT, EXTRA)
-    d, e = exponential(z, m[None, :, None], scale_hi, scale_lo)
-    de = d * e
+    a += lane_sum(de)
+    s += lane_sum(e)
     if SECOND_MOMENT:
         b += lane_sum(d * de)
     if EXTRA:
@@ -134,7 +136,7 @@ def accumulate(sums, z, scale_hi, scale_lo, SECOND_MOMENT: tl.constexpr, EXTRA: 
         count += lane_sum(tl.where(finite, 1.0, 0.0))
         sum_d += lane_sum(tl.where(finite, distance, 0.0)) * scale_hi
         sum_e2 += lane_sum(e * e)
-    return m, s + lane_sum(e), a + lane_sum(de), b, count, sum_d, sum_e2
+    return m, s, a, b, count, sum_d, sum_e2
 
 
 @triton.jit
