@@ -64,9 +64,8 @@ def entropy_loss(
     logits, shard, layout = local_logits(logits, process_group)
     check_logits(logits, sharded=shard is not None)
     source = Source("logits", logits)
-    tokens = tokens_of(
-        source, local_per_token("mask", mask, layout), local_per_token("temperature", temperature, layout)
-    )
+    mask, temperature = local_per_token(layout, mask=mask, temperature=temperature)
+    tokens = tokens_of(source, mask, temperature)
     num_items_in_batch = local_divisor(reduction, num_items_in_batch, layout)
     reduce = reduction_of(reduction, num_items_in_batch, tokens, source)
     backend = choose_backend(backend, logits.device, logits.dtype)

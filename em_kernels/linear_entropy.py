@@ -86,9 +86,8 @@ def linear_entropy_loss(
     )
     chunking = chunking_of(operands, chunk_size, grad_tolerance)
     source, layout = operands.source, operands.layout
-    tokens = tokens_of(
-        source, local_per_token("mask", mask, layout), local_per_token("temperature", temperature, layout)
-    )
+    mask, temperature = local_per_token(layout, mask=mask, temperature=temperature)
+    tokens = tokens_of(source, mask, temperature)
     num_items_in_batch = local_divisor(reduction, num_items_in_batch, layout)
     reduce = reduction_of(reduction, num_items_in_batch, tokens, source)
     place = operands.place(backend)

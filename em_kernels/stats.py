@@ -218,10 +218,7 @@ def _of_logits(
     logits, shard, layout = local_logits(logits, process_group)
     check_logits(logits, sharded=shard is not None)
     source = Source("logits", logits)
-    mask, target, temperature = (
-        local_per_token(name, value, layout)
-        for name, value in (("mask", mask), ("target", target), ("temperature", temperature))
-    )
+    mask, target, temperature = local_per_token(layout, mask=mask, target=target, temperature=temperature)
     tokens = tokens_of(source, mask, temperature)
     target = rows_of_target(target, source, tokens.kept, logits.shape[-1], shard)
     backend = choose_backend(backend, logits.device, logits.dtype)
@@ -240,10 +237,7 @@ def _of_operands(
     backend: str | None,
 ) -> Statistics:
     source, head, layout = operands.source, operands.head, operands.layout
-    mask, target, temperature = (
-        local_per_token(name, value, layout)
-        for name, value in (("mask", mask), ("target", target), ("temperature", temperature))
-    )
+    mask, target, temperature = local_per_token(layout, mask=mask, target=target, temperature=temperature)
     tokens = tokens_of(source, mask, temperature)
     target = rows_of_target(target, source, tokens.kept, head.weight.shape[0], operands.shard)
     chunking = chunking_of(operands, chunk_size)

@@ -567,6 +567,7 @@ PEAKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in other units")
 @pytest.mark.parametrize("case", PEAKS)
 def test_peak_memory_is_within_the_budget(case):

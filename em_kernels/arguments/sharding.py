@@ -78,18 +78,9 @@ def local_operands(
     return hidden, _local_rows(weight, layout, dim), _local_rows(bias, layout, dim), shard, layout
 
 
-def local_per_token(name: str, value: Any, layout: Layout | None) -> Any:
-    """This rank's part of a value per token: of a DTensor that lies as the tokens do; anything else as it is."""
-    if not _is_dtensor(value):
-        return value
-    if layout is None:
-        raise ValueError(f"{name} is a DTensor and the tensor of its tokens is not one; expected a plain tensor")
-    if not _lies_as(value, layout):
-        raise ValueError(
-            f"{name} has placements {value.placements} on {value.device_mesh}, expected those of the tokens, "
-            f"{layout.placements} on {layout.mesh}: redistribute it"
-        )
-    return value.to_local()
+def local_per_token(layout: Layout | None, **values: Any) -> tuple[Any, ...]:
+    """This rank's part of each value per token, named by its argument: of a DTensor that lies as the tokens do."""
+    return tuple(_local(name, value, layout) if _is_dtensor(value) else value for name, value in values.items())
 
 
 def local_divisor(reduction: str, num_items: Any, layout: Layout | None) -> Any:
@@ -100,6 +91,17 @@ def local_divisor(reduction: str, num_items: Any, layout: Layout | None) -> Any:
             "own tokens; expected num_items_in_batch=, the number of all ranks' tokens, or reduction='sum' or 'none'"
         )
     return num_items.full_tensor() if _is_dtensor(num_items) else num_items
+
+
+def _local(name: str, value: Any, layout: Layout | None) -> Tensor:
+    if layout is None:
+        raise ValueError(f"{name} is a DTensor and the tensor of its tokens is not one; expected a plain tensor")
+    if not _lies_as(value, layout):
+        raise ValueError(
+            f"{name} has placements {value.placements} on {value.device_mesh}, expected those of the tokens, "
+            f"{layout.placements} on {layout.mesh}: redistribute it"
+        )
+    return value.to_local()
 
 
 def _is_dtensor(value: object) -> TypeGuard[Any]:

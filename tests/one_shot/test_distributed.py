@@ -17,6 +17,8 @@ from em_kernels.one_shot.objective import accumulate_gradient
 from em_kernels.one_shot.policy import Policy
 from em_kernels.one_shot.policy.rollout import Rollout
 
+pytestmark = pytest.mark.slow
+
 _LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
 _LAUNCH += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
 _OPTIONS = "--steps 2 --learning-rate 1e-3 --batch-size 6 --micro-batch-size 2 --max-new-tokens 8 --evaluation-size 3"

@@ -19,6 +19,8 @@ from em_kernels.one_shot.policy.head import find_head
 from em_kernels.one_shot.policy.model import load_model
 from em_kernels.one_shot.policy.rollout import Rollout
 
+pytestmark = pytest.mark.slow
+
 TAU = 0.5
 
 

@@ -26,6 +26,8 @@ from em_kernels.one_shot.policy.rollout import Rollout
 from em_kernels.one_shot.run_folder import RunFolder, default_run_folder
 from em_kernels.one_shot.training import train
 
+pytestmark = pytest.mark.slow
+
 _FINISHED = [
     "after.json",
     "before.json",
