@@ -7,7 +7,7 @@ from torch import distributed as dist
 from em_kernels.arguments.checks import check_logits, choose_backend
 from em_kernels.arguments.inplace import check_inplace
 from em_kernels.arguments.reduction import reduction_of
-from em_kernels.arguments.sharding import local_divisor, local_logits, local_per_token
+from em_kernels.arguments.sharding import group_of, local_divisor, local_logits, local_per_token
 from em_kernels.arguments.tokens import Source, rows_of_logits, tokens_of
 from em_kernels.ops import logits as operators
 from em_kernels.ops.autograd import is_traced
@@ -37,9 +37,10 @@ def entropy_loss(
             loss of its own tokens, for which "mean" needs num_items_in_batch.
         mask: (...), bool or integer (0 marks a token that does not count, a positive number one that does), or float:
             the weight w of each token, at least 0. A token of weight 0 is not read: whatever it holds, its gradient is
-            0. A negative entry raises on the CPU; on a GPU, where seeing it would cost a synchronisation, it gives NaN.
-            None counts every token.
-        temperature: tau > 0, a float or a tensor that broadcasts to logits.shape[:-1]. No gradient flows to it.
+            0. A negative entry raises where the host sees it, on the CPU outside torch.compile, and gives NaN
+            elsewhere. None counts every token.
+        temperature: tau > 0, a float or a tensor that broadcasts to logits.shape[:-1]. No gradient flows to it. Where
+            the host cannot see it, one that is not positive gives NaN.
         reduction: "mean", "sum" = sum(w H), or "none" = w H. A mean over no tokens is 0 with a gradient of 0.
         num_items_in_batch: an int or a tensor of one element that replaces sum(w) as the divisor of "mean", for
             micro-batches of a batch of that many tokens; 0 leaves the sum.
@@ -77,9 +78,9 @@ def entropy_loss(
         check_inplace(logits, rows)
     if reduction != "none" and needs_grad and logits.dtype != torch.float16 and shard is None:
         return operators.entropy_with_gradient(
-            rows, tokens.weight, reduce.divisor, tokens.temperature, backend, inplace_backward=in_place
+            rows, tokens.token_weight, reduce.divisor, tokens.temperature, backend, inplace_backward=in_place
         )
-    place = Place(backend) if shard is None else Place(backend, shard.group)
+    place = Place(backend, group_of(shard))
     statistics = operators.row_statistics(
         rows, tokens.kept, tokens.temperature, None, Wanted(), place, inplace_backward=in_place
     )
@@ -87,7 +88,7 @@ def entropy_loss(
 
 
 class EntropyLoss(nn.Module):
-    """`entropy_loss` as a module: the options are set once, `forward(logits, mask, num_items_in_batch)` is called."""
+    """`entropy_loss` as a module: it holds the options, and its forward takes the tensors and what changes by call."""
 
     def __init__(
         self,

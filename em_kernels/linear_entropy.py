@@ -42,8 +42,8 @@ def linear_entropy_loss(
             in parts; beside tokens of each rank's own, it is gathered.
         mask: (...), bool or integer (0 marks a token that does not count, a positive number one that does), or float:
             the weight w of each token, at least 0. A token of weight 0 is not read and its gradient is 0; on the CPU it
-            is left out of the matmuls, on other devices it takes its time all the same. A negative entry raises on the
-            CPU and gives NaN elsewhere. None counts every token.
+            is left out of the matmuls, on other devices it takes its time all the same. A negative entry raises where
+            the host sees it, on the CPU outside torch.compile, and gives NaN elsewhere. None counts every token.
         bias: (V,), of hidden's dtype, added to the logits.
         softcap: c > 0: logits become c tanh(logits / c).
         temperature: tau > 0, a float or a tensor that broadcasts to hidden.shape[:-1]. No gradient flows to it.
@@ -51,15 +51,15 @@ def linear_entropy_loss(
         num_items_in_batch: an int or a tensor of one element that replaces sum(w) as the divisor of "mean"; 0 leaves
             the sum.
         chunk_size: tokens whose logits are held at a time, the same on every rank that shares the vocabulary; None
-            takes what fits into 512 MB of scratch (on the CPU, 128 MB, or 224 MB with grad_tolerance; 1,024 with a
-            sharded vocabulary).
+            takes what fits into 400 MiB of scratch (on the CPU, 128 MiB), and 512 with a sharded vocabulary.
+            grad_tolerance gathers up to 96 MiB more.
         grad_tolerance: entries of the logits' gradient, before the division by sum(w), that may be left out of the
             gradients; see below. 0 leaves out nothing.
         logits_dtype: None and torch.float32 keep the float32 result of a 16-bit matmul unrounded. The dtype of 16-bit
             hidden states rounds it, for a third of the scratch and an error of some per cent in both gradients.
         process_group: the ranks that share the vocabulary: `weight` and `bias` hold this rank's rows, in rank order,
             and every other argument is the same on all of them. Every rank gets the same loss and the whole gradient of
-            hidden.
+            hidden. The backward of "none" is a collective: every rank must run it, with the same upstream gradient.
         backend: "triton", "native", "torch", or None to choose by hidden's device and dtype.
 
     Returns:
@@ -92,10 +92,11 @@ def linear_entropy_loss(
     reduce = reduction_of(reduction, num_items_in_batch, tokens, source)
     place = operands.place(backend)
 
-    needs_grad = any(x is not None and x.requires_grad for x in (operands.rows, *operands.head[:2]))
+    trainable = (operands.rows, operands.head.weight, operands.head.bias)
+    needs_grad = any(x is not None and x.requires_grad for x in trainable)
     if reduction != "none" and needs_grad and torch.is_grad_enabled():
         return operators.entropy_with_gradient(
-            operands.rows, operands.head, tokens.weight, reduce.divisor, tokens.temperature, chunking, place
+            operands.rows, operands.head, tokens.token_weight, reduce.divisor, tokens.temperature, chunking, place
         )
     statistics = operators.row_statistics(
         operands.rows, operands.head, tokens.kept, tokens.temperature, None, Wanted(), chunking, place
@@ -104,7 +105,7 @@ def linear_entropy_loss(
 
 
 class LinearEntropyLoss(nn.Module):
-    """`linear_entropy_loss` as a module: options are set once, `forward(hidden, weight, mask)` is called."""
+    """`linear_entropy_loss` as a module: it holds the options, and its forward takes the tensors."""
 
     def __init__(
         self,

@@ -9,7 +9,7 @@ from torch import distributed as dist
 
 from em_kernels.arguments.checks import check_logits, choose_backend
 from em_kernels.arguments.projection import Operands, chunking_of, operands_of
-from em_kernels.arguments.sharding import local_logits, local_per_token
+from em_kernels.arguments.sharding import group_of, local_logits, local_per_token
 from em_kernels.arguments.tokens import Source, rows_of_logits, rows_of_target, tokens_of
 from em_kernels.ops import logits as logits_operators
 from em_kernels.ops.hidden import registered as hidden_operators
@@ -27,7 +27,8 @@ class TokenStats(NamedTuple):
         entropy: H = -sum_j p_j l_j, in nats.
         lse: log sum_j exp(logits_j / temperature).
         logprob: l_target, or None where no target was given.
-        varentropy: V = sum_j p_j (l_j + H)^2, the variance of the surprise, in nats squared.
+        varentropy: V = sum_j p_j (l_j + H)^2, the variance of the surprise, in nats squared. It is a difference of two
+            sums: in float32 its error is about 2e-7 of the square of the mean distance from the largest logit.
         max_prob: max_j p_j.
         top1: 1 where the target is the most likely token, or one of several, and 0 where it is not.
         mean_logprob: (1/V) sum_j l_j, V the size of the vocabulary; its negative less log V is the self-certainty that
@@ -65,10 +66,10 @@ def token_stats(
             sharded along the vocabulary is worked on in parts, one that is sharded along the tokens gives each rank the
             statistics of its own tokens.
         target: (...), integers in [0, V): the token whose log-probability is wanted. Not looked at where masked. An
-            entry out of range raises on the CPU; on a GPU, where seeing it would cost a synchronisation, every
+            entry out of range raises where the host sees it, on the CPU outside torch.compile; elsewhere every
             statistic of its token is NaN.
         mask: (...), bool, integer or float; 0 marks a token that is not read, is 0 in every field, and gets no
-            gradient. A negative entry raises on the CPU and gives NaN elsewhere. None keeps every token.
+            gradient. A negative entry raises where the host sees it and gives NaN elsewhere. None keeps every token.
         temperature: tau > 0, a float or a tensor that broadcasts to logits.shape[:-1]. No gradient flows to it.
         extra: any of "max_prob", "top1" (needs a target), "mean_logprob", "collision": fields of the result without a
             gradient, from the same pass over the logits.
@@ -121,11 +122,12 @@ def linear_token_stats(
         temperature: tau > 0, a float or a tensor that broadcasts to hidden.shape[:-1]. No gradient flows to it.
         extra: any of "max_prob", "top1", "mean_logprob", "collision", as in `token_stats`.
         chunk_size: tokens whose logits are held at a time, the same on every rank that shares the vocabulary; None
-            takes what fits into 512 MB of scratch (on the CPU, 128 MB; 1,024 with a sharded vocabulary).
+            takes what fits into 400 MiB of scratch (on the CPU, 128 MiB), and 512 with a sharded vocabulary.
         logits_dtype: None and torch.float32 keep the float32 result of a 16-bit matmul unrounded; the dtype of 16-bit
             hidden states rounds it.
         process_group: the ranks that share the vocabulary: `weight` and `bias` hold this rank's rows, in rank order,
-            and every other argument is the same on all of them.
+            and every other argument is the same on all of them. The backward is a collective: every rank must run it,
+            with the same upstream gradients.
         backend: "triton", "native", "torch", or None to choose by hidden's device and dtype.
 
     Returns:
@@ -222,7 +224,7 @@ def _of_logits(
     tokens = tokens_of(source, mask, temperature)
     target = rows_of_target(target, source, tokens.kept, logits.shape[-1], shard)
     backend = choose_backend(backend, logits.device, logits.dtype)
-    place = Place(backend) if shard is None else Place(backend, shard.group)
+    place = Place(backend, group_of(shard))
     rows = rows_of_logits(logits)
     return logits_operators.row_statistics(rows, tokens.kept, tokens.temperature, target, wanted, place), source.shape
 

@@ -295,6 +295,20 @@ def test_float16_mean_does_not_underflow_before_the_loss_scale(implementation):
     assert (weight.grad != 0).any()
 
 
+@pytest.mark.parametrize("size", [0.02, 1.0], ids=["nearly uniform", "peaked"])
+@pytest.mark.parametrize("temperature", [0.1, 1.0, "per token"])
+def test_float16_holds_the_gradient_of_a_large_vocabulary(size, temperature):
+    # About 1e-6 in a row that is nearly uniform over 100,000 tokens, which float16 rounds to a sixtieth of itself.
+    hidden, weight = torch.randn(8, 16).half(), (torch.randn(100_000, 16) * size).half()
+    temperature = torch.linspace(0.3, 2, 8) if temperature == "per token" else temperature
+    results = []
+    for x, w, scale in ((hidden, weight, 65536.0), (hidden.double(), weight.double(), 1.0)):
+        leaf = w.detach().requires_grad_()
+        (linear_entropy_loss(x, leaf, temperature=temperature) * scale).backward()
+        results.append(leaf.grad.double() / scale)
+    assert (results[0] - results[1]).norm() < 2e-3 * results[1].norm()
+
+
 def test_a_second_backward_gives_the_same_gradient(implementation):
     hidden, weight, _ = make(implementation, 4)
     leaves = [x.requires_grad_() for x in (hidden, weight)]

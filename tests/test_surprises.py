@@ -98,11 +98,17 @@ def test_vocabularies_of_real_models_and_odd_ones(implementation, vocab):
 
 
 @pytest.mark.parametrize(
-    "view", [lambda: torch.randn(2, 6, 32)[:, :-1, :27], lambda: torch.randn(4, 2, 8).transpose(0, 1)], ids=["cut", "T"]
+    "view",
+    [
+        (lambda: torch.randn(2, 6, 32), lambda z: z[:, :-1, :27]),
+        (lambda: torch.randn(4, 2, 8), lambda z: z.transpose(0, 1)),
+    ],
+    ids=["cut", "transposed"],
 )
 def test_views_are_their_copies(implementation, view):
-    logits = view().to(implementation.device)
-    logits = view() if logits.is_contiguous() else logits
+    base, take = view
+    logits = take(base().to(implementation.device))
+    assert not logits.is_contiguous()
     results = []
     for z in (logits, logits.contiguous()):
         leaf = z.detach().requires_grad_()
@@ -112,8 +118,8 @@ def test_views_are_their_copies(implementation, view):
     assert all(map(torch.equal, *results))
 
 
-def test_a_view_with_the_negative_bit(implementation):
-    for name, (function, x) in {**functions_and_input(implementation)}.items():
+def test_a_view_with_the_negative_bit(calls):
+    for name, (function, x) in calls.items():
         view = torch._neg_view(x)
         assert view.is_neg()
         results = []
@@ -127,13 +133,6 @@ def test_a_view_with_the_negative_bit(implementation):
     assert torch.equal(entropy_loss(z, mask), entropy_loss(z, mask.clone()))
     with pytest.raises(ValueError, match="negative bit"):
         entropy_loss(torch._neg_view(torch.randn(3, 9)).requires_grad_(), inplace_backward=True)
-
-
-def functions_and_input(implementation):
-    x = torch.randn(3, 9, device=implementation.device)
-    weight = torch.randn(20, 9, device=implementation.device)
-    functions = {**functions_of_logits(implementation.backend), **functions_of_hidden(weight, implementation.backend)}
-    return {name: (function, x) for name, function in functions.items()}
 
 
 @pytest.mark.parametrize("distance", [5.0, 20.0, 30.0])
@@ -311,6 +310,18 @@ def test_what_is_per_token_may_have_gaps(implementation):
     actual = token_stats(logits, target, backend=implementation.backend, **gappy)
     expected = token_stats(logits, target.clone(), backend=implementation.backend, **close)
     torch.testing.assert_close(actual[:4], expected[:4], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("bad", [-1.0, 0.0, INF])
+def test_a_temperature_that_the_host_cannot_see_is_checked_by_the_result(implementation, bad, monkeypatch):
+    monkeypatch.setattr("em_kernels.arguments.tokens.values_visible", lambda _: False)
+    logits = torch.randn(3, 9, device=implementation.device, requires_grad=True)
+    temperature = torch.tensor([1.0, bad, 2.0], device=implementation.device)
+    stats = token_stats(logits, temperature=temperature, backend=implementation.backend)
+    assert stats.entropy.isnan().tolist() == [False, True, False]
+    stats.entropy.sum().backward()
+    assert logits.grad.isnan().all(-1).tolist() == [False, True, False]
+    assert entropy_loss(logits, temperature=temperature, backend=implementation.backend).isnan()
 
 
 def test_labels_as_targets_without_a_mask():

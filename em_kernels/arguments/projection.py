@@ -7,7 +7,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from em_kernels.arguments.checks import as_float, as_integer, check_floats, choose_backend
-from em_kernels.arguments.sharding import Layout, VocabShard, local_operands
+from em_kernels.arguments.sharding import Layout, VocabShard, group_of, local_operands
 from em_kernels.arguments.tokens import Source
 from em_kernels.ops.hidden.chunks import ROWS
 from em_kernels.ops.hidden.head import Chunking, Head
@@ -18,8 +18,9 @@ from em_kernels.ops.types import statistics_dtype
 # CPU, less does; more only costs the time to map it.
 _SCRATCH_BYTES = 400 << 20
 _SCRATCH_BYTES_ON_CPU = 128 << 20
-# Ranks must cut the tokens alike, and do not know each other's share of the vocabulary: at 76k columns a rank, 460 MB.
-_CHUNK_OF_RANKS = 1024
+# Ranks must cut the tokens alike, and do not know each other's share of the vocabulary: at 131k columns a rank, 400 MB
+# of bfloat16 operands' logits and gradients.
+_CHUNK_OF_RANKS = 512
 
 
 class Operands(NamedTuple):
@@ -41,7 +42,7 @@ class Operands(NamedTuple):
 
     def place(self, backend: str | None) -> Place:
         backend = choose_backend(backend, self.rows.device, self.head.logits_dtype)
-        return Place(backend) if self.shard is None else Place(backend, self.shard.group)
+        return Place(backend, group_of(self.shard))
 
 
 def operands_of(

@@ -19,8 +19,8 @@ class Reduction(NamedTuple):
 
     def of(self, entropy: Tensor, tokens: Tokens) -> Tensor:
         """The loss of the rows' entropies, which are 0 where masked; of the tokens' shape with "none"."""
-        if tokens.weight is not None and tokens.weight.is_floating_point():
-            entropy = entropy * tokens.weight
+        if tokens.token_weight is not None and tokens.token_weight.is_floating_point():
+            entropy = entropy * tokens.token_weight
         return entropy.view(tokens.shape) if self.name == "none" else self.divisor.divide(entropy.sum())
 
 
@@ -32,8 +32,8 @@ def reduction_of(name: str, num_items: int | Tensor | None, tokens: Tokens, sour
         if name != "mean":
             raise ValueError(f"num_items_in_batch is the divisor of reduction='mean', given with reduction={name!r}")
         return Reduction(name, _given_divisor(num_items, source))
-    if name == "mean" and tokens.weight is not None:
-        return Reduction(name, Divisor(tokens.weight.sum(dtype=source.dtype)))
+    if name == "mean" and tokens.token_weight is not None:
+        return Reduction(name, Divisor(tokens.token_weight.sum(dtype=source.dtype)))
     return Reduction(name, Divisor(number=_at_least_1(source.shape.numel())) if name == "mean" else Divisor())
 
 

@@ -46,6 +46,7 @@ def local_logits(
     """This rank's columns of its tokens' logits, the ranks that hold the others, and how the tokens lie."""
     if not _is_dtensor(logits):
         return logits, _shard_of(process_group), None
+    _refuse_compiler("logits")
     if process_group is not None:
         raise ValueError("logits is a DTensor, whose placements name the ranks; expected process_group=None")
     dim = _only("logits", logits, _mesh_dims("logits", logits, logits.dim() - 1))
@@ -59,6 +60,7 @@ def local_operands(
     """This rank's hidden states, its rows of weight and bias, the ranks with the others, and how the tokens lie."""
     layout = None
     if _is_dtensor(hidden):
+        _refuse_compiler("hidden")
         _refuse_sharded("hidden", hidden, hidden.dim() - 1, "whole hidden states: redistribute it to Replicate() there")
         layout = _layout(hidden, None)
         hidden = hidden.to_local(grad_placements=hidden.placements)
@@ -69,6 +71,7 @@ def local_operands(
         _refuse_tokens_of_its_ranks(shard, layout)
         return hidden, weight, bias, shard, layout
 
+    _refuse_compiler("weight")
     _refuse_sharded("weight", weight, 1, "whole rows: redistribute it to Shard(0) or Replicate()")
     if bias is not None and not (_is_dtensor(bias) and _lies_as(bias, weight)):
         given = bias.placements if _is_dtensor(bias) else "none, it is no DTensor"
@@ -105,8 +108,20 @@ def _local(name: str, value: Any, layout: Layout | None) -> Tensor:
 
 
 def _is_dtensor(value: object) -> TypeGuard[Any]:
-    # Not isinstance: to import the class takes longer than all of this package.
-    return isinstance(value, Tensor) and hasattr(value, "full_tensor")
+    if not isinstance(value, Tensor) or type(value) in (Tensor, torch.nn.Parameter):
+        return False
+    # Importing the class takes longer than all of this package, so plain tensors do not.
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(value, DTensor)
+
+
+def _refuse_compiler(name: str) -> None:
+    if torch.compiler.is_compiling():
+        raise TypeError(
+            f"{name} is a DTensor, whose placements torch.compile cannot read; expected {name}.to_local(), with "
+            "process_group= where it is sharded along the vocabulary"
+        )
 
 
 def _lies_as(value: Any, other: Any) -> bool:
@@ -204,6 +219,11 @@ def _local_rows(weight: Any, layout: Layout | None, vocab_dim: int | None) -> An
     return weight.redistribute(placements=placements).to_local(grad_placements=of_tokens)
 
 
+def group_of(shard: VocabShard | None) -> str:
+    """The name of the ranks' process group; '' where this rank has every column."""
+    return "" if shard is None else shard.group
+
+
 def _shard_of(process_group: "dist.ProcessGroup | None") -> VocabShard | None:
     if process_group is None:
         return None
@@ -216,7 +236,7 @@ def _shard_of(process_group: "dist.ProcessGroup | None") -> VocabShard | None:
 
 def _shard_over(value: Any, dim: int, vocab: int) -> VocabShard:
     mesh = value.device_mesh
-    # As torch.chunk cuts: every rank but the last ones has as many columns.
+    # DTensor cuts as torch.chunk does: the ranks get this many columns each, as long as there are any.
     columns = -(-vocab // mesh.size(dim))
     first = min(mesh.get_local_rank(dim) * columns, vocab)
     return VocabShard(mesh.get_group(dim).group_name, first, vocab)

@@ -37,18 +37,19 @@ class Tokens(NamedTuple):
     """The mask and the temperature of the tokens.
 
     Attributes:
-        weight: (rows,), bool, or each token's weight in the statistics dtype; None where every token counts.
+        token_weight: (rows,), bool, or each token's weight in the statistics dtype; None where every token counts.
         temperature: tau.
         shape: of the tokens, which the rows are of one after another.
     """
 
-    weight: Tensor | None
+    token_weight: Tensor | None
     temperature: Temperature
     shape: torch.Size
 
     @property
     def kept(self) -> Tensor | None:
-        return self.weight if self.weight is None or self.weight.dtype == torch.bool else self.weight != 0
+        weight = self.token_weight
+        return weight if weight is None or weight.dtype == torch.bool else weight != 0
 
 
 def tokens_of(source: Source, mask: Tensor | None, temperature: float | Tensor) -> Tokens:
@@ -118,12 +119,12 @@ def _temperature(temperature: float | Tensor, source: Source) -> Temperature:
 def _temperature_per_row(temperature: Tensor, source: Source) -> Temperature:
     if temperature.is_complex() or temperature.dtype == torch.bool:
         raise TypeError(f"temperature has dtype {temperature.dtype}, expected a float or integer dtype")
-    if values_visible(temperature):
-        accepted = (temperature >= _LOWEST_TEMPERATURE) & (temperature <= _HIGHEST_TEMPERATURE)
-        if not bool(accepted.all()):
-            first = temperature[~accepted][0].item()
-            raise ValueError(f"temperature has {first:g}, expected values above 0 (1e-30 to 1e30)")
-    temperature = temperature.detach().to(source.tensor.device, source.dtype, non_blocking=True)
+    accepted = (temperature >= _LOWEST_TEMPERATURE) & (temperature <= _HIGHEST_TEMPERATURE)
+    if values_visible(temperature) and not bool(accepted.all()):
+        first = temperature[~accepted][0].item()
+        raise ValueError(f"temperature has {first:g}, expected values above 0 (1e-30 to 1e30)")
+    temperature = temperature.detach().to(source.dtype).where(accepted, torch.nan)
+    temperature = temperature.to(source.tensor.device, non_blocking=True)
     try:
         return _per_row(temperature, source)
     except RuntimeError:

@@ -1,4 +1,4 @@
-"""What every backward and every traced call needs to know of autograd, and all that is private to torch about it."""
+"""The questions that operators ask of autograd and of torch's tracers, some of which torch answers only in private."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -51,7 +51,9 @@ def checked(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 
 def upstream_of_statistics(gradients: Sequence[Tensor | None]) -> Upstream:
-    return Upstream(*checked(gradients[: len(Upstream._fields)]))
+    # The results that follow have no gradient.
+    entropy, lse, logprob, varentropy, *_ = checked(gradients)
+    return Upstream(entropy, lse, logprob, varentropy)
 
 
 def refuse_second_derivative(*gradients_of_gradients: Tensor | None) -> None:

@@ -12,7 +12,7 @@ from em_kernels.ops.types import Divisor, Saved, Statistics, Sums, Temperature, 
 
 
 class Backend(Protocol):
-    """The functions of a backend, which is a module.
+    """The functions of a backend: of a module, or of an object that puts one over several ranks.
 
     Logits are (outer, inner, V) with contiguous columns and any two strides between rows; a value per row is
     contiguous, (outer * inner,), but for the upstream gradients. A row that is masked, `kept` False or a token weight

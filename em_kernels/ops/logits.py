@@ -199,8 +199,7 @@ def _backward_row_gradient(ctx: Any, gradient_of_gradient: Tensor) -> None:
 _row_gradient_op.register_autograd(_backward_row_gradient)
 
 
-@torch.library.custom_op("em_kernels::entropy_with_gradient", mutates_args=())
-def _entropy_with_gradient_op(
+def _loss_and_gradient(
     logits: Tensor,
     token_weight: Tensor | None,
     divisor: Tensor | None,
@@ -216,15 +215,22 @@ def _entropy_with_gradient_op(
     return loss, gradient
 
 
+_entropy_with_gradient_op = torch.library.custom_op(
+    "em_kernels::entropy_with_gradient", _loss_and_gradient, mutates_args=()
+)
+_arguments_of_entropy = arguments_of(_loss_and_gradient)
+
+
 @_entropy_with_gradient_op.register_fake
 def _(logits, *_):
     return logits.new_empty((), dtype=statistics_dtype(logits.dtype)), new_gradient(logits)
 
 
 def _setup_entropy_with_gradient(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    ctx.place = Place(inputs[-1])
+    _, gradient = output
+    ctx.place = Place(_arguments_of_entropy(inputs).backend)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[1])
+    ctx.save_for_backward(gradient)
 
 
 def _backward_entropy_with_gradient(

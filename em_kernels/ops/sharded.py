@@ -101,8 +101,7 @@ class _OverRanks:
         own = [field for field in sums if field is not None]
         if target is not None:
             own.append(_own_target_logits(logits, target))
-        # In float64, so that to unite the parts costs none of the accuracy that the sums of whole rows have.
-        fields = iter(_gather(torch.stack(own), self.group).double().unbind(1))
+        fields = iter(_gather(torch.stack(own), self.group).unbind(1))
         parts = sums.each(lambda _: next(fields))
         if target is None:
             return statistics.combine(parts, temperature), None

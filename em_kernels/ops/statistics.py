@@ -41,7 +41,8 @@ class Coefficients(NamedTuple):
 
 
 def combine(parts: Sums, temperature: Temperature) -> Sums:
-    """The sums of whole rows from the sums of disjoint parts, which are stacked along the first dimension."""
+    """The sums of whole rows, in float64, from those of disjoint parts, which are stacked along the first dimension."""
+    parts = parts.each(_widen)
     return _moved_to_maximum(parts, temperature).each(lambda field: field.sum(0))._replace(m=parts.m.amax(0))
 
 

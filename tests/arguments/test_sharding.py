@@ -489,3 +489,24 @@ def test_process_groups_that_do_not_fit_the_operands():
         WEIGHT,
         group_of=0,
     )
+
+
+def compiled_message(operands: list[Any], name: str) -> str:
+    mesh = mesh_of((2,))
+    function = torch.compile(getattr(em_kernels, name), fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match=r"placements torch.compile cannot read") as caught:
+        function(*(made(operand, mesh) for operand in operands))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "operands", "named"),
+    [
+        ("entropy_loss", [Spread(torch.randn(3, 30), [Shard(1)])], "logits"),
+        ("linear_entropy_loss", [Spread(torch.randn(3, 8), [Replicate()]), torch.randn(30, 8)], "hidden"),
+        ("linear_entropy_loss", [torch.randn(3, 8), Spread(torch.randn(30, 8), [Shard(0)])], "weight"),
+    ],
+)
+def test_the_compiler_refuses_dtensors_and_says_what_to_pass(name, operands, named):
+    for message in run_on_ranks(2, compiled_message, operands, name):
+        assert f"{named} is a DTensor" in message

@@ -300,6 +300,15 @@ def test_logits_far_from_zero(backend, cuts, offset):
     assert torch.equal(near[1], far[1])
 
 
+@pytest.mark.parametrize("edges", [(0, 1, 1000), (0, 999, 1000), (0, 500, 1000)], ids=str)
+def test_rows_that_are_all_but_one_hot(backend, edges):
+    # What rounding takes off the distance between the shards' maxima is a relative error of the gradient.
+    logits = torch.randn(32, 1000)
+    logits[:16, 0] += torch.linspace(14, 74, 16)
+    logits[16:, -1] += torch.linspace(14, 74, 16)
+    check_loss(logits, edges, backend=backend)
+
+
 @pytest.mark.parametrize("cuts", [(0, 1, 3), (0, 2, 3), (0, 1, 2, 3)], ids=str)
 def test_a_confident_target(backend, cuts):
     logits = torch.tensor([[0.0, -20.0, -21.0], [-20.0, 0.0, -21.0], [-20.0, -21.0, 0.0]])

@@ -72,16 +72,16 @@ class Totals:
             gradient.zero_()
         # Sums are made where they are returned, if that is not too narrow.
         summed = statistics_dtype(hidden.dtype)
-        self.weight = self.gradients.weight.to(summed) if needs.weight else None
-        self.bias = self.gradients.bias.to(summed) if needs.bias else None
+        self.weight_total = self.gradients.weight.to(summed) if needs.weight else None
+        self.bias_total = self.gradients.bias.to(summed) if needs.bias else None
         # Over ranks the gradient of the hidden states is a sum, too.
-        self.hidden = self.gradients.hidden.to(summed) if group else self.gradients.hidden
+        self.hidden_total = self.gradients.hidden.to(summed) if group else self.gradients.hidden
         self._rounded: Tensor | None = None
 
     def add(self, index: RowIndex, h: Tensor, gradient: Tensor) -> None:
         """Adds a chunk: its rows' numbers, hidden states, and gradient of the logits, which is overwritten."""
-        if self.bias is not None:
-            self.bias += gradient.sum(dim=0, dtype=self.bias.dtype)
+        if self.bias_total is not None:
+            self.bias_total += gradient.sum(dim=0, dtype=self.bias_total.dtype)
         if not (self.needs.hidden or self.needs.weight):
             return
         active = None if self.tolerance is None else _active(gradient, self.tolerance)
@@ -94,19 +94,19 @@ class Totals:
             gradient = self._rounded[: len(h)].copy_(gradient)
         if self.needs.hidden:
             self._put(index, matmul.float32_product(gradient, self.head.weight))
-        if self.weight is not None:
-            matmul.add_transposed_product(self.weight, gradient, h)
+        if self.weight_total is not None:
+            matmul.add_transposed_product(self.weight_total, gradient, h)
 
     def finish(self) -> Gradients:
         """The gradients, scaled, summed over ranks, and in their own dtypes."""
         if self.needs.hidden and self.group:
-            sharded.sum_over_ranks_(self.hidden, self.group)
-        totals = (self.hidden if self.needs.hidden else None, self.weight, self.bias)
+            sharded.sum_over_ranks_(self.hidden_total, self.group)
+        totals = (self.hidden_total if self.needs.hidden else None, self.weight_total, self.bias_total)
         for total, gradient in zip(totals, self.gradients, strict=True):
             if total is None:
                 continue
             # Each row of hidden's gradient has been scaled when its chunk was done.
-            if self.scale is not None and total is not self.hidden:
+            if self.scale is not None and total is not self.hidden_total:
                 total.mul_(self.scale)
             if total is not gradient:
                 gradient.copy_(total)
@@ -121,15 +121,17 @@ class Totals:
             block = gradient[rows.unsqueeze(-1), part].to(h.dtype)
             if self.needs.hidden:
                 product += matmul.float32_product(block, self.head.weight[part])
-            if self.weight is not None:
-                total = self.weight[part]
+            if self.weight_total is not None:
+                total = self.weight_total[part]
                 matmul.add_transposed_product(total, block, h)
-                self.weight[part] = total
+                self.weight_total[part] = total
         if self.needs.hidden:
             self._put(index.start + rows if isinstance(index, slice) else index[rows], product)
 
     def _put(self, index: RowIndex, product: Tensor) -> None:
-        self.hidden[index] = (product if self.scale is None else product.mul_(self.scale)).to(self.hidden.dtype)
+        self.hidden_total[index] = (product if self.scale is None else product.mul_(self.scale)).to(
+            self.hidden_total.dtype
+        )
 
 
 def _active(gradient: Tensor, tolerance: float | Tensor) -> tuple[Tensor, Tensor] | None:
@@ -150,7 +152,7 @@ def _places(flags: Tensor, count: int) -> Tensor:
 
 
 def _within(gradient: Tensor, dim: int, tolerance: float | Tensor) -> Tensor:
-    # Without |gradient| in memory; on the CPU, seven times faster than torch.aminmax. In float32, since a comparison
-    # with 16 bits rounds the tolerance.
+    # The two extremes need no |gradient| in memory; on the CPU they take a seventh of torch.aminmax's time. The
+    # comparison is in float32, because one in 16 bits rounds the tolerance.
     lowest, highest = (x.to(statistics_dtype(x.dtype)) for x in (gradient.amin(dim), gradient.amax(dim)))
     return (lowest >= -tolerance) & (highest <= tolerance)

@@ -39,21 +39,19 @@ def entropy_and_gradients(
     """The sum over rows of w H / divisor, 0-d, and the gradient of each operand that needs one."""
     backend = implementation(place)
     loss = hidden.new_zeros((), dtype=statistics_dtype(hidden.dtype))
-    # The divisor comes last: before it the gradient of a mean is no smaller than that of a sum, which float16 can hold.
-    scale = divisor.divide(torch.ones_like(loss))
+    # The divisor comes last: before it the gradient of a mean is as large as that of a sum.
+    scale, undivided = divisor.divide(torch.ones_like(loss)), Divisor()
     tolerance: float | Tensor | None = chunking.grad_tolerance or None
-    if hidden.dtype == torch.float16 and token_weight is not None and token_weight.is_floating_point() and len(hidden):
-        # Nor may the weights take it out of float16's range: the largest of them comes last, too.
-        largest = token_weight.amax()
-        largest = torch.where(largest == 0, 1, largest)
-        token_weight, scale = token_weight / largest, scale * largest
-        tolerance = None if tolerance is None else tolerance / largest
+    if hidden.dtype == torch.float16 and len(hidden) > 0:
+        unit = _float16_unit(loss, token_weight, temperature)
+        scale, undivided = scale * unit, Divisor(unit)
+        tolerance = None if tolerance is None else tolerance / unit
     totals = Totals(hidden, head, needs, scale=scale, tolerance=tolerance, group=place.group)
     chunks = Chunks(hidden, head, None if token_weight is None else token_weight != 0, chunking.chunk_size)
     for index, h in chunks:
         z, slope = chunks.logits(h)
         loss += backend.entropy_with_gradient(
-            z[None], _of(token_weight, index), Divisor(), temperature.of_rows(index), z[None]
+            z[None], _of(token_weight, index), undivided, temperature.of_rows(index), z[None]
         )
         totals.add(index, h, z if slope is None else z.mul_(slope))
     return loss * scale, totals.finish()
@@ -116,6 +114,22 @@ def gradients_of_statistics(
         backend.row_gradient(z[None], saved.of_rows(index), _of(target, index), upstream.of_rows(index), z[None])
         totals.add(index, h, z if slope is None else z.mul_(slope))
     return totals.finish()
+
+
+def _float16_unit(like: Tensor, token_weight: Tensor | None, temperature: Temperature) -> Tensor:
+    """What to divide a gradient of the logits by so that float16 holds it, before any loss scale has multiplied it.
+
+    An entry is p (log p + H) w / tau. The first two factors are below 8 at any vocabulary, and about 1 / V in a row
+    that is nearly uniform: at 100,000 tokens, below float16's normal numbers. 2^10 times as much is within its range on
+    both sides.
+    """
+    tau = torch.full_like(like, temperature.common) if temperature.per_row is None else temperature.per_row
+    largest = torch.ones_like(like)
+    if token_weight is not None:
+        largest = token_weight.to(like.dtype).amax()
+        # A masked token may have any temperature.
+        tau = tau if temperature.per_row is None else torch.where(token_weight != 0, tau, 1)
+    return torch.where(largest == 0, 1, largest) / (2.0**10 * tau.amin().clamp(max=1))
 
 
 def _of(values: Tensor | None, index: RowIndex) -> Tensor | None:

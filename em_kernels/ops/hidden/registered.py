@@ -108,7 +108,8 @@ def _setup_entropy(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     at = _entropy_arguments(inputs)
     ctx.place, ctx.needs, ctx.dtype = Place(at.backend, at.group), at.needs, at.hidden.dtype
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[1:])
+    _, *gradients = output
+    ctx.save_for_backward(*gradients)
 
 
 def _backward_entropy(ctx: Any, grad_loss: Tensor, *grad_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -180,7 +181,8 @@ def _setup_statistics(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> No
 def _backward_statistics(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     upstream = upstream_of_statistics(gradients)
     hidden, weight, bias, planes, target = ctx.saved_tensors
-    needs = list(ctx.needs_input_grad[:3])
+    of_hidden, of_weight, of_bias, *_ = ctx.needs_input_grad
+    needs = [of_hidden, of_weight, of_bias]
     head = Head(weight, bias, ctx.softcap, ctx.logits_dtype)
     results = _gradients_op(hidden, *head, planes, target, list(upstream), *ctx.options, needs, *ctx.place)
     return _of_operands(ctx, results, needs, hidden.dtype)

@@ -59,7 +59,7 @@ def _streamed_tile(logits: Tensor) -> _Tile:
     # Four programs a multiprocessor, of 64 registers a thread, have 32 KB in flight: 4.8 TB/s for 900 ns of latency.
     wide = _Tile(threads=256, unroll=2)
     programs = row_count(logits) * triton.cdiv(logits.shape[2], wide.columns(logits.dtype))
-    # A row or a few that are monitored make too few programs to go round: twice as many do half of the work each.
+    # For a row or a few, tiles of half the size make twice as many programs, so that more multiprocessors have one.
     return wide if programs >= _multiprocessors(logits.device) else _Tile(threads=256, unroll=1)
 
 
@@ -87,8 +87,7 @@ def row_sums(
     parts = Sums(m, s, a, b, *fields)
     if partials.shape[1] == 1:
         return parts.each(lambda field: field[0])
-    # The rounding of a part's distance from the maximum would be a relative error of its sums.
-    return combine(parts.each(Tensor.double), temperature).each(Tensor.float)
+    return combine(parts, temperature).each(Tensor.float)
 
 
 def row_statistics(
