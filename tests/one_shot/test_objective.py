@@ -17,7 +17,8 @@ from em_kernels.one_shot.policy import Policy
 from em_kernels.one_shot.policy.head import find_head
 from em_kernels.one_shot.policy.model import checkpoint_activations
 from em_kernels.one_shot.policy.rollout import Rollout
-from em_kernels.ops import blocked
+from em_kernels.ops.backends import torch as pytorch
+from em_kernels.ops.hidden import matmul
 
 TAU = 0.5
 
@@ -151,12 +152,19 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_gradients(
 ) -> None:
     stats, expected = _accumulate(_for_loss(loss, policy), rollout)
     dtypes: list[torch.dtype] = []
-    # The entropy is taken of these blocks of logits.
-    monkeypatch.setattr(
-        blocked,
-        "_blocks",
-        lambda logits, *a, original=blocked._blocks: (dtypes.append(logits.dtype), original(logits, *a))[1],
-    )
+
+    def watch(module: Any, name: str) -> None:
+        original = getattr(module, name)
+
+        def watched(given: Tensor, *arguments: Any, **options: Any) -> Any:
+            dtypes.append(given.dtype)
+            return original(given, *arguments, **options)
+
+        monkeypatch.setattr(module, name, watched)
+
+    # The entropy is computed from these blocks of logits, or from the logits that these hidden states make.
+    watch(pytorch, "_blocks")
+    watch(matmul, "project")
     other, gradients = _accumulate(_for_loss(loss, policy, "bfloat16"), rollout)
     assert set(dtypes) == {torch.bfloat16}
     assert {gradient.dtype for gradient in gradients.values()} == {torch.float32}
