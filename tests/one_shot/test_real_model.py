@@ -133,8 +133,8 @@ def test_both_losses_take_the_same_step(real: tuple[Any, Rollout]) -> None:
         assert linear.entropy == pytest.approx(logits.entropy, rel=within)
     for name, exact in in_float32[1][1].items():
         assert _difference(in_float32[0][1][name], exact) < 1e-4, name
-    # bfloat16 moves a parameter's gradient by several percent from its value in float32: by 5 % on average with the loss
-    # on hidden states, whose logits are not rounded, and by 7 % with the loss on bfloat16 logits.
+    # bfloat16 moves a parameter's gradient by several percent from its value in float32: by 5 % on average with the
+    # loss on hidden states, whose logits are not rounded, and by 7 % with the loss on bfloat16 logits.
     of_linear, of_logits = (
         torch.tensor([_difference(gradients[name], exact) for name, exact in in_float32[1][1].items()])
         for _, gradients, _ in in_bfloat16
