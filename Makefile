@@ -14,7 +14,7 @@ test: $(VENV)/ready  ## the whole test suite; GPU tests run where there is a GPU
 
 quick: lint  ## while working on the code: lint, types, and the tests that are not slow, about three minutes on two cores
 	# The slowest tests are listed, so that those that lack the mark are seen.
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" --durations=10 --durations-min=5
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not thorough" --durations=10 --durations-min=5
 
 bench: $(VENV)/bench-ready  ## ours beside its peers on this machine, under ten minutes; OPTIONS="--size full --out FOLDER"
 	$(BIN)/em-kernels bench $(OPTIONS)

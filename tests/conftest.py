@@ -20,6 +20,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 # "torch off cpu" is what runs on a device whose values the host must not look at: no row is left out of a block.
 IMPLEMENTATIONS = ("torch", "torch off cpu", "native", "triton")
+# The interpreter is slow, and both are covered by the tests of the contract, so `make quick` leaves out what they do for
+# the public functions.
+THOROUGH = ("torch off cpu", "triton")
 
 
 class Implementation:
@@ -75,6 +78,10 @@ def seeded():
 
 
 def pytest_collection_modifyitems(items):
+    for item in items:
+        callspec = getattr(item, "callspec", None)
+        if callspec is not None and callspec.params.get("implementation") in THOROUGH:
+            item.add_marker(pytest.mark.thorough)
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
