@@ -20,8 +20,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 # "torch off cpu" is what runs on a device whose values the host must not look at: no row is left out of a block.
 IMPLEMENTATIONS = ("torch", "torch off cpu", "native", "triton")
-# The interpreter is slow, and both are covered by the tests of the contract, so `make quick` leaves out what they do for
-# the public functions.
+# `make quick` leaves these to the tests of the backends' contract: the interpreter is slow.
 THOROUGH = ("torch off cpu", "triton")
 
 
