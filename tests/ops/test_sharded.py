@@ -586,7 +586,7 @@ def test_linear_token_entropy(backend, cuts):
 
 def test_unequal_shards_are_cut_into_the_same_chunks(backend):
     # More tokens than a chunk of the default size, whatever a rank's share of the vocabulary.
-    operands = make_operands(1100, vocab=90, dim=4)
+    operands = make_operands(700, vocab=90, dim=4)
     check_linear_loss(operands, (0, 1, 90), chunks=2, backend=backend)
 
 
