@@ -37,17 +37,13 @@ def refuse_unsupported(*operands: Tensor | None) -> None:
         raise RuntimeError("em_kernels has no forward-mode derivative; use backward() or torch.autograd.grad")
 
 
-def checked(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Upstream gradients as an operator takes them; None where a result does not enter the loss."""
-    _refuse_batched(*gradients)
-    # A statistic that was not asked for is an empty result of its operator, and so is the gradient of it.
-    return [None if g is None or g.numel() == 0 else g.resolve_neg() for g in gradients]
-
-
 def upstream_of_statistics(gradients: Sequence[Tensor | None]) -> Upstream:
-    # The results that follow have no gradient.
-    entropy, lse, logprob, varentropy, *_ = checked(gradients)
-    return Upstream(entropy, lse, logprob, varentropy)
+    """The gradients of an operator's statistics; the results that follow these have none."""
+    _refuse_batched(*gradients)
+    entropy, lse, logprob, varentropy, *_ = gradients
+    given = (entropy, lse, logprob, varentropy)
+    # A statistic that was not asked for is an empty result of its operator, and so is the gradient of it.
+    return Upstream(*(None if g is None or g.numel() == 0 else g.resolve_neg() for g in given))
 
 
 def refuse_second_derivative(*gradients_of_gradients: Tensor | None) -> None:

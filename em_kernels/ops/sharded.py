@@ -112,9 +112,8 @@ class _OverRanks:
 
 
 def _sums_of_no_column(logits: Tensor, wanted: Wanted) -> Sums:
-    zero = logits.new_zeros(row_count(logits), dtype=statistics_dtype(logits.dtype))
-    extra = (zero, zero, zero) if wanted.extra else (None, None, None)
-    return Sums(zero - torch.inf, zero, zero, zero if wanted.second_moment else None, *extra)
+    sums = Sums.allocate(logits, wanted).each(Tensor.zero_)
+    return sums._replace(m=sums.m - torch.inf)
 
 
 def _own_target_logits(logits: Tensor, target: Tensor) -> Tensor:

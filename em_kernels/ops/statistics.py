@@ -42,8 +42,7 @@ class Coefficients(NamedTuple):
 
 def combine(parts: Sums, temperature: Temperature) -> Sums:
     """The sums of whole rows, in float64, from those of disjoint parts, which are stacked along the first dimension."""
-    parts = parts.each(_widen)
-    return _moved_to_maximum(parts, temperature).each(lambda field: field.sum(0))._replace(m=parts.m.amax(0))
+    return _added(_moved_to_maximum(parts.each(_widen), temperature))
 
 
 def finish(
@@ -64,10 +63,8 @@ def finish(
         target_logit = _widen(target_logit)
         # Where the target and all other logits are -inf, there is no most likely token.
         is_top = (target_logit >= sums.m) & target_logit.isfinite()
-        parts = _with_target(sums, target_logit)
-        moved = _moved_to_maximum(parts, temperature)
-        rest = moved.s[0]
-        sums = moved.each(lambda field: field.sum(0))._replace(m=parts.m.amax(0))
+        moved = _moved_to_maximum(_with_target(sums, target_logit), temperature)
+        rest, sums = moved.s[0], _added(moved)
 
     # A row whose logits are all -inf has no distribution, and its lse would be -inf, which is not NaN.
     s = torch.where(sums.s == 0, torch.nan, sums.s)
@@ -166,6 +163,11 @@ def _moved_to_maximum(parts: Sums, temperature: Temperature) -> Sums:
         sum_d,
         None if parts.sum_e2 is None else e.square() * parts.sum_e2,
     )
+
+
+def _added(moved: Sums) -> Sums:
+    """The sums of whole rows from parts that have been moved to the maximum."""
+    return moved.each(lambda field: field.sum(0))._replace(m=moved.m.amax(0))
 
 
 def _with_target(others: Sums, z: Tensor) -> Sums:

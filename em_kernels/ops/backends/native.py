@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from em_kernels.ops.backends.torch import scale_ as scale_
 from em_kernels.ops.types import (
     Divisor,
     Saved,
@@ -22,7 +23,6 @@ from em_kernels.ops.types import (
     Temperature,
     Upstream,
     Wanted,
-    host_sees,
     row_count,
 )
 
@@ -87,11 +87,6 @@ def entropy_with_gradient(
     loss = logits.new_empty(())
     _call("em_entropy_with_gradient", logits, *kept_and_weight, total * divisor.number, *temperature, loss, out)
     return loss
-
-
-def scale_(gradient: Tensor, factor: Tensor) -> None:
-    if not host_sees(factor) or factor.item() != 1:
-        gradient.mul_(factor)
 
 
 def _call(function: str, logits: Tensor, *arguments: Tensor | float | None) -> None:
