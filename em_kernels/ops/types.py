@@ -48,11 +48,13 @@ class Temperature(NamedTuple):
 class Divisor(NamedTuple):
     """What divides a sum over tokens: `total`, a 0-d tensor that stays on its device, times `number`.
 
-    A total of 0 counts as 1, so that the mean over no tokens is 0 and not NaN. `number` is at least 1.
+    With `of_weights` the total is the sum of the token weights, which a backend makes in its own pass, and `total` is
+    None. A total of 0 counts as 1, so that the mean over no tokens is 0 and not NaN. `number` is at least 1.
     """
 
     total: Tensor | None = None
     number: int = 1
+    of_weights: bool = False
 
     def divide(self, values: Tensor) -> Tensor:
         values = values / self.number
