@@ -20,8 +20,8 @@ class Backend(Protocol):
     temperature hold. A row that is all -inf or has a NaN or +inf is NaN in every result.
 
     With a softcap c > 0 every function works on c tanh(z / c), made in the statistics dtype, in place of each finite
-    logit z, and a gradient is that of z. Logits in memory are uncapped, maxima and log-sum-exps are of capped logits. An
-    infinite logit stays what it is: a banned token stays banned.
+    logit z, and a gradient is that of z. Logits in memory are uncapped, maxima and log-sum-exps are of capped ones.
+    An infinite logit stays what it is: a banned token stays banned.
 
     `out`, where a gradient is written, is the logits themselves, or memory of its own: contiguous, or (1, rows, V) with
     contiguous columns and any stride between rows. Its dtype is that of the logits, or for float32 logits also bfloat16
