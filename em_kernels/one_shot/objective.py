@@ -63,7 +63,9 @@ def accumulate_gradient(
 
 
 def _backward(policy: Policy, part: Rollout, count: int, temperature: float, share: Tensor) -> Tensor:
-    """Runs the backward pass of one micro-batch of `count` generated tokens, and returns its loss, sum of entropies and count of decided tokens.
+    """Runs the backward pass of one micro-batch, which has `count` generated tokens.
+
+    Returns its loss, sum of entropies and number of decided tokens.
 
     The logits are local to the call, so that those of one micro-batch are freed before the next are made.
     """
@@ -74,8 +76,14 @@ def _backward(policy: Policy, part: Rollout, count: int, temperature: float, sha
             entropy = token_entropy(logits, mask=mask)
             loss = entropy_loss(logits, mask, temperature=temperature, num_items_in_batch=share, inplace_backward=True)
         else:
-            hidden, tokens = policy.completion_hidden(part), {"mask": mask, "token_count": count}
-            entropy = linear_token_entropy(hidden, **policy.head.arguments(1.0), **tokens)
-            loss = linear_entropy_loss(hidden, **policy.head.arguments(temperature), num_items_in_batch=share, **tokens)
+            hidden = policy.completion_hidden(part)
+            entropy = linear_token_entropy(hidden, mask=mask, token_count=count, **policy.head.arguments(1.0))
+            loss = linear_entropy_loss(
+                hidden,
+                mask=mask,
+                token_count=count,
+                num_items_in_batch=share,
+                **policy.head.arguments(temperature),
+            )
     loss.backward()
     return torch.stack([loss.detach(), entropy.sum(), ((entropy < DECIDED) & mask).sum()])
