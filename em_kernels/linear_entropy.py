@@ -25,6 +25,7 @@ def linear_entropy_loss(
     chunk_size: int | None = None,
     grad_tolerance: float = 0.0,
     logits_dtype: torch.dtype | None = None,
+    token_count: int | None = None,
     process_group: "dist.ProcessGroup | None" = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -42,8 +43,9 @@ def linear_entropy_loss(
             in parts; beside tokens of each rank's own, it is gathered.
         mask: (...), bool or integer (0 marks a token that does not count, a positive number one that does), or float:
             the weight w of each token, at least 0. A token of weight 0 is not read and its gradient is 0; on the CPU it
-            is left out of the matmuls, on other devices it takes its time all the same. A negative entry raises where
-            the host sees it, on the CPU outside torch.compile, and gives NaN elsewhere. None counts every token.
+            is left out of the matmuls, on other devices it takes its time all the same unless token_count is given. A
+            negative entry raises where the host sees it, on the CPU outside torch.compile, and gives NaN elsewhere.
+            None counts every token.
         bias: (V,), of hidden's dtype, added to the logits.
         softcap: c > 0: logits become c tanh(logits / c).
         temperature: tau > 0, a float or a tensor that broadcasts to hidden.shape[:-1]. No gradient flows to it.
@@ -51,12 +53,14 @@ def linear_entropy_loss(
         num_items_in_batch: an int or a tensor of one element that replaces sum(w) as the divisor of "mean"; 0 leaves
             the sum.
         chunk_size: tokens whose logits are held at a time, the same on every rank that shares the vocabulary; None
-            takes what fits into 400 MiB of scratch (on the CPU, 128 MiB), and 512 with a sharded vocabulary.
-            grad_tolerance gathers up to 96 MiB more.
+            takes what fits into the scratch memory (below), and 512 with a sharded vocabulary.
         grad_tolerance: entries of the logits' gradient, before the division by sum(w), that may be left out of the
             gradients; see below. 0 leaves out nothing.
         logits_dtype: None and torch.float32 keep the float32 result of a 16-bit matmul unrounded. The dtype of 16-bit
             hidden states rounds it, for a third of the scratch and an error of some per cent in both gradients.
+        token_count: the number of this rank's tokens whose mask is not 0, where the caller knows it as an int: a GPU
+            then leaves masked tokens out of the matmuls, too, without a synchronisation. A wrong count raises where the
+            host sees the mask, and makes NaN of the result elsewhere.
         process_group: the ranks that share the vocabulary: `weight` and `bias` hold this rank's rows, in rank order,
             and every other argument is the same on all of them. Every rank gets the same loss and the whole gradient of
             hidden. The backward of "none" is a collective: every rank must run it, with the same upstream gradient.
@@ -68,6 +72,13 @@ def linear_entropy_loss(
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
         RuntimeError: a gradient of the gradient, a forward-mode derivative or a torch.func transform is asked for.
+
+    Memory, in bytes, beyond the operands and their gradients, for a chunk of T tokens: 4 T (V + D) in float32. With
+    16-bit operands T (6 V + 4 D) on a GPU, 4 T (V + D) on the CPU, and T (2 V + 4 D) with logits_dtype of 16 bits; with
+    a weight that needs a gradient, in more than one chunk, 4 V D for its float32 sum. T is such that the first of these
+    is at most 512 MiB or, where that is more, 4 V D for a weight that needs a gradient, on the CPU at most 128 MiB; and
+    T is a number of whole tiles of the matmuls. grad_tolerance gathers 96 MiB, on a GPU out of the 512. A mask adds a
+    copy of hidden, and one of hidden's gradient where it is left out of the matmuls.
 
     What `grad_tolerance` bounds: with G the logits' gradient before the division by S (sum(w) for "mean", 1 otherwise),
     every entry left out has |G_ij| <= grad_tolerance, since whole rows and columns of a chunk are left out, and only
@@ -84,10 +95,12 @@ def linear_entropy_loss(
     operands = operands_of(
         hidden, weight, bias, softcap=softcap, logits_dtype=logits_dtype, process_group=process_group
     )
-    chunking = chunking_of(operands, chunk_size, grad_tolerance)
     source, layout = operands.source, operands.layout
     mask, temperature = local_per_token(layout, mask=mask, temperature=temperature)
     tokens = tokens_of(source, mask, temperature)
+    chunking = chunking_of(
+        operands, tokens.kept, chunk_size=chunk_size, token_count=token_count, grad_tolerance=grad_tolerance
+    )
     num_items_in_batch = local_divisor(reduction, num_items_in_batch, layout)
     reduce = reduction_of(reduction, num_items_in_batch, tokens, source)
     place = operands.place(backend)
@@ -135,6 +148,7 @@ class LinearEntropyLoss(nn.Module):
         bias: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
         process_group: "dist.ProcessGroup | None" = None,
+        token_count: int | None = None,
     ) -> Tensor:
         return linear_entropy_loss(
             hidden,
@@ -148,6 +162,7 @@ class LinearEntropyLoss(nn.Module):
             chunk_size=self.chunk_size,
             grad_tolerance=self.grad_tolerance,
             logits_dtype=self.logits_dtype,
+            token_count=token_count,
             process_group=process_group,
             backend=self.backend,
         )

@@ -103,6 +103,7 @@ def linear_token_stats(
     extra: Sequence[str] = (),
     chunk_size: int | None = None,
     logits_dtype: torch.dtype | None = None,
+    token_count: int | None = None,
     process_group: "dist.ProcessGroup | None" = None,
     backend: str | None = None,
 ) -> TokenStats:
@@ -122,9 +123,13 @@ def linear_token_stats(
         temperature: tau > 0, a float or a tensor that broadcasts to hidden.shape[:-1]. No gradient flows to it.
         extra: any of "max_prob", "top1", "mean_logprob", "collision", as in `token_stats`.
         chunk_size: tokens whose logits are held at a time, the same on every rank that shares the vocabulary; None
-            takes what fits into 400 MiB of scratch (on the CPU, 128 MiB), and 512 with a sharded vocabulary.
+            takes what fits into the scratch memory that `linear_entropy_loss` describes, and 512 with a sharded
+            vocabulary.
         logits_dtype: None and torch.float32 keep the float32 result of a 16-bit matmul unrounded; the dtype of 16-bit
             hidden states rounds it.
+        token_count: the number of this rank's tokens whose mask is not 0, where the caller knows it as an int: a GPU
+            then leaves masked tokens out of the matmuls without a synchronisation. A wrong count raises where the host
+            sees the mask, and makes NaN of every field elsewhere.
         process_group: the ranks that share the vocabulary: `weight` and `bias` hold this rank's rows, in rank order,
             and every other argument is the same on all of them. The backward is a collective: every rank must run it,
             with the same upstream gradients.
@@ -141,7 +146,7 @@ def linear_token_stats(
     operands = operands_of(
         hidden, weight, bias, softcap=softcap, logits_dtype=logits_dtype, process_group=process_group
     )
-    statistics = _of_operands(operands, target, mask, temperature, wanted, chunk_size, backend)
+    statistics = _of_operands(operands, target, mask, temperature, wanted, chunk_size, token_count, backend)
     return _token_stats(statistics, operands.source.shape, extra)
 
 
@@ -184,13 +189,14 @@ def linear_token_entropy(
     temperature: float | Tensor = 1.0,
     chunk_size: int | None = None,
     logits_dtype: torch.dtype | None = None,
+    token_count: int | None = None,
     process_group: "dist.ProcessGroup | None" = None,
     backend: str | None = None,
 ) -> Tensor:
     """`token_entropy(hidden @ weight.T, mask)` without ever holding the logits: a chunk of tokens at a time.
 
     Args:
-        hidden, weight, bias, softcap, chunk_size, logits_dtype, process_group: as in `linear_token_stats`.
+        hidden, weight, bias, softcap, chunk_size, logits_dtype, token_count, process_group: as in `linear_token_stats`.
         mask: (...), bool, integer or float; 0 marks a token that is not read and whose entropy is 0.
         temperature: tau > 0, a float or a tensor that broadcasts to hidden.shape[:-1].
         backend: "triton", "native", "torch", or None to choose by hidden's device and dtype.
@@ -204,7 +210,7 @@ def linear_token_entropy(
     operands = operands_of(
         hidden, weight, bias, softcap=softcap, logits_dtype=logits_dtype, process_group=process_group
     )
-    statistics = _of_operands(operands, None, mask, temperature, Wanted(), chunk_size, backend)
+    statistics = _of_operands(operands, None, mask, temperature, Wanted(), chunk_size, token_count, backend)
     return statistics.entropy.view(operands.source.shape)
 
 
@@ -236,13 +242,14 @@ def _of_operands(
     temperature: float | Tensor,
     wanted: Wanted,
     chunk_size: int | None,
+    token_count: int | None,
     backend: str | None,
 ) -> Statistics:
     source, head, layout = operands.source, operands.head, operands.layout
     mask, target, temperature = local_per_token(layout, mask=mask, target=target, temperature=temperature)
     tokens = tokens_of(source, mask, temperature)
     target = rows_of_target(target, source, tokens.kept, head.weight.shape[0], operands.shard)
-    chunking = chunking_of(operands, chunk_size)
+    chunking = chunking_of(operands, tokens.kept, chunk_size=chunk_size, token_count=token_count)
     return hidden_operators.row_statistics(
         operands.rows, head, tokens.kept, tokens.temperature, target, wanted, chunking, operands.place(backend)
     )

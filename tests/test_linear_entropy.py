@@ -199,10 +199,10 @@ def test_strides(implementation, view):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_only_the_gradients_asked_for_are_computed(implementation, monkeypatch, needed, reduction):
     products = []
-    for name in ("float32_product", "add_transposed_product"):
+    for name in ("product", "transposed_product"):
         original = getattr(matmul, name)
         monkeypatch.setattr(
-            matmul, name, lambda *a, name=name, original=original: (products.append(name), original(*a))[1]
+            matmul, name, lambda *a, name=name, original=original, **k: (products.append(name), original(*a, **k))[1]
         )
     leaves = make(implementation, 4, bias=True)
     whole = check(implementation, *leaves[:2], bias=leaves[2], reduction=reduction)[1:]
@@ -214,12 +214,12 @@ def test_only_the_gradients_asked_for_are_computed(implementation, monkeypatch, 
     for leaf, wanted, expected in zip(leaves, needed, whole, strict=True):
         assert (leaf.grad is not None) == wanted
         assert not wanted or torch.equal(leaf.grad, expected)
-    assert products == ["float32_product"] * needed[0] + ["add_transposed_product"] * needed[1]
+    assert products == ["product"] * needed[0] + ["transposed_product"] * needed[1]
 
 
 def test_without_gradients_there_is_one_matmul_a_chunk(implementation, monkeypatch):
     matmuls = []
-    for name in ("project", "float32_product", "add_transposed_product"):
+    for name in ("project", "product", "transposed_product"):
         original = getattr(matmul, name)
         monkeypatch.setattr(
             matmul, name, lambda *a, name=name, original=original, **k: (matmuls.append(name), original(*a, **k))[1]
@@ -464,8 +464,8 @@ def test_nothing_left_out_is_the_dense_path_to_the_last_bit(implementation):
 
 def test_rows_and_columns_are_left_out_of_the_matmuls(implementation, monkeypatch):
     shapes = []
-    product = matmul.float32_product
-    monkeypatch.setattr(matmul, "float32_product", lambda g, w: (shapes.append(tuple(g.shape)), product(g, w))[1])
+    product = matmul.product
+    monkeypatch.setattr(matmul, "product", lambda g, w, out: (shapes.append(tuple(g.shape)), product(g, w, out))[1])
     hidden, weight = peaked(implementation, 40, 600, sharpness=1.0)
     hidden[:10] = 50 * weight[:10]  # one-hot
     gradients(implementation, hidden, weight, grad_tolerance=1e-3)
@@ -483,9 +483,9 @@ def test_what_is_gathered_at_a_time_is_a_quarter_of_the_chunk(implementation, mo
     hidden[8:] = 50 * weight[8:40]
     exact = gradients(implementation, hidden, weight)
     shapes = []
-    product = matmul.float32_product
+    product = matmul.product
     monkeypatch.setattr(
-        matmul, "float32_product", lambda g, w: (shapes.append((tuple(g.shape), tuple(w.shape))), product(g, w))[1]
+        matmul, "product", lambda g, w, out: (shapes.append((tuple(g.shape), tuple(w.shape))), product(g, w, out))[1]
     )
     compacted = gradients(implementation, hidden, weight, grad_tolerance=1e-9)
     quarter = 40 * 600 // 4

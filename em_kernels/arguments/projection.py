@@ -6,17 +6,19 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from em_kernels.arguments.checks import as_float, as_integer, check_floats, choose_backend
+from em_kernels.arguments.checks import as_float, as_integer, check_floats, choose_backend, values_visible
 from em_kernels.arguments.sharding import Layout, VocabShard, group_of, local_operands
 from em_kernels.arguments.tokens import Source
-from em_kernels.ops.hidden.chunks import ROWS
+from em_kernels.ops.hidden import matmul
+from em_kernels.ops.hidden.chunks import padded, whole_tiles
+from em_kernels.ops.hidden.gradients import GATHERED_BYTES
 from em_kernels.ops.hidden.head import Chunking, Head
 from em_kernels.ops.sharded import Place
 from em_kernels.ops.types import statistics_dtype
 
-# Of scratch for a chunk: at 152k float32 logits, 460 tokens. `grad_tolerance` gathers 96 MB more: 512 MB in all. On the
-# CPU, less does; more only costs the time to map it.
-_SCRATCH_BYTES = 400 << 20
+# Of scratch for a chunk, unless the gradient of the weight takes more. On the CPU, less does; more only costs the time
+# to map it.
+_SCRATCH_BYTES = 512 << 20
 _SCRATCH_BYTES_ON_CPU = 128 << 20
 # Ranks must cut the tokens alike, and do not know each other's share of the vocabulary: at 131k columns a rank, 400 MB
 # of bfloat16 operands' logits and gradients.
@@ -62,22 +64,64 @@ def operands_of(
     return Operands(Source("hidden", hidden), hidden.reshape(-1, hidden.shape[-1]), head, shard, layout)
 
 
-def chunking_of(operands: Operands, chunk_size: int | None, grad_tolerance: float = 0.0) -> Chunking:
+def chunking_of(
+    operands: Operands,
+    kept: Tensor | None,
+    *,
+    chunk_size: int | None,
+    token_count: int | None,
+    grad_tolerance: float = 0.0,
+) -> Chunking:
+    count = _token_count(token_count, kept, len(operands.rows))
     tolerance = as_float("grad_tolerance", grad_tolerance)
     if not 0 <= tolerance < float("inf"):
         raise ValueError(f"grad_tolerance is {tolerance}, expected a finite number of at least 0")
     if chunk_size is None:
-        return Chunking(_CHUNK_OF_RANKS if operands.shard else _tokens_of_a_chunk(operands), tolerance)
+        size = _CHUNK_OF_RANKS if operands.shard else _tokens_of_a_chunk(operands, tolerance)
+        return Chunking(size, tolerance, count)
     size = as_integer("chunk_size", chunk_size, "an int, or None")
     if size < 1:
         raise ValueError(f"chunk_size is {size}, expected at least 1, or None")
-    return Chunking(size, tolerance)
+    return Chunking(size, tolerance, count)
 
 
-def _tokens_of_a_chunk(operands: Operands) -> int:
-    scratch = _SCRATCH_BYTES_ON_CPU if operands.rows.device.type == "cpu" else _SCRATCH_BYTES
-    size = max(1, scratch // operands.head.bytes_per_token())
-    return size - size % ROWS if size > ROWS else size
+def _token_count(token_count: int | None, kept: Tensor | None, rows: int) -> int | None:
+    """The number of tokens that are not masked, where it says more than the mask does."""
+    if token_count is None:
+        return None
+    count = as_integer("token_count", token_count, "an int, or None")
+    if not 0 <= count <= rows:
+        raise ValueError(f"token_count is {count}, expected 0 to {rows}, the number of tokens, or None")
+    if kept is None:
+        if count != rows:
+            raise ValueError(f"token_count is {count} without a mask, expected {rows}, the number of tokens, or None")
+        return None
+    if values_visible(kept) and count != int(kept.sum()):
+        raise ValueError(
+            f"token_count is {count}, expected {int(kept.sum())}, the number of tokens whose mask is not 0, or None"
+        )
+    return count
+
+
+def _tokens_of_a_chunk(operands: Operands, tolerance: float) -> int:
+    weight, scratch = operands.head.weight, _SCRATCH_BYTES_ON_CPU
+    if weight.device.type != "cpu":
+        # The chunks' memory is free before the weight's float32 sum is rounded, and fewer chunks are fewer passes over
+        # that sum.
+        total = weight.numel() * statistics_dtype(weight.dtype).itemsize
+        scratch = max(_SCRATCH_BYTES, total if weight.requires_grad and torch.is_grad_enabled() else 0)
+        scratch -= 3 * GATHERED_BYTES if tolerance > 0 else 0
+    size = max(1, scratch // _bytes_per_token(operands.head))
+    return whole_tiles(size, weight.shape[1])
+
+
+def _bytes_per_token(head: Head) -> int:
+    """A token's logits, their gradient where it is narrower, and the float32 product that hidden's is rounded from."""
+    weight, logits = head.weight, head.logits_dtype
+    gradient = matmul.gradient_dtype(weight, logits)
+    entry = logits.itemsize + (0 if gradient == logits else gradient.itemsize)
+    vocab, dim = weight.shape
+    return padded(vocab) * entry + dim * statistics_dtype(weight.dtype).itemsize
 
 
 def _autocast(*operands: Any) -> list[Any]:

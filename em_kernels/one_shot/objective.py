@@ -47,20 +47,25 @@ def accumulate_gradient(
     # Gradients are averaged over processes, not summed, so the divisor is one process's share of the tokens.
     share = tokens / accelerator.num_processes
     sums = torch.zeros(3, device=rollout.input_ids.device)
-    parts = list(rollout.micro_batches(micro_batch_size))
-    for i, part in enumerate(tqdm(parts, desc="training", unit="micro-batch", leave=False, disable=not show_progress)):
+    # Counted before the first forward pass, so that the host waits for the device here and in no micro-batch.
+    parts = [(part, int(part.completion_mask.sum())) for part in rollout.micro_batches(micro_batch_size)]
+    for i, (part, count) in enumerate(
+        tqdm(parts, desc="training", unit="micro-batch", leave=False, disable=not show_progress)
+    ):
         last = i == len(parts) - 1
         with contextlib.nullcontext() if last else accelerator.no_sync(policy.prepared):
-            sums += _backward(policy, part, temperature, share)
+            sums += _backward(policy, part, count, temperature, share)
     loss, entropy, decided = accelerator.reduce(sums, "sum").tolist()
     if not math.isfinite(loss):
         raise UsageError(f"the loss is {loss}: the model has diverged, lower the learning rate")
-    count = int(tokens)
-    return StepStats(loss / accelerator.num_processes, entropy / count, decided / count, count)
+    total = int(tokens)
+    return StepStats(loss / accelerator.num_processes, entropy / total, decided / total, total)
 
 
-def _backward(policy: Policy, part: Rollout, temperature: float, share: Tensor) -> Tensor:
-    """Runs the backward pass of one micro-batch, and returns its loss, sum of entropies and count of decided tokens.
+def _backward(policy: Policy, part: Rollout, count: int, temperature: float, share: Tensor) -> Tensor:
+    """Runs the backward pass of one micro-batch, which has `count` generated tokens.
+
+    Returns its loss, sum of entropies and number of decided tokens.
 
     The logits are local to the call, so that those of one micro-batch are freed before the next are made.
     """
@@ -68,11 +73,17 @@ def _backward(policy: Policy, part: Rollout, temperature: float, share: Tensor) 
     with policy.computing():
         if policy.head is None:
             logits = policy.completion_logits(part)
-            entropy = token_entropy(logits, mask=mask)[mask]
+            entropy = token_entropy(logits, mask=mask)
             loss = entropy_loss(logits, mask, temperature=temperature, num_items_in_batch=share, inplace_backward=True)
         else:
-            hidden = policy.completion_hidden(part)[mask]
-            entropy = linear_token_entropy(hidden, **policy.head.arguments(1.0))
-            loss = linear_entropy_loss(hidden, **policy.head.arguments(temperature), num_items_in_batch=share)
+            hidden = policy.completion_hidden(part)
+            entropy = linear_token_entropy(hidden, mask=mask, token_count=count, **policy.head.arguments(1.0))
+            loss = linear_entropy_loss(
+                hidden,
+                mask=mask,
+                token_count=count,
+                num_items_in_batch=share,
+                **policy.head.arguments(temperature),
+            )
     loss.backward()
-    return torch.stack([loss.detach(), entropy.sum(), (entropy < DECIDED).sum()])
+    return torch.stack([loss.detach(), entropy.sum(), ((entropy < DECIDED) & mask).sum()])

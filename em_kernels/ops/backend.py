@@ -18,10 +18,24 @@ class Backend(Protocol):
     contiguous, (outer * inner,), but for the upstream gradients. A row that is masked, `kept` False or a token weight
     of 0, is not read: its statistics, its gradient and its part of a loss are 0, whatever its logits, target and
     temperature hold. A row that is all -inf or has a NaN or +inf is NaN in every result.
+
+    With a softcap c > 0 every function works on c tanh(z / c), made in the statistics dtype, in place of each finite
+    logit z, and a gradient is that of z. Logits in memory are uncapped, maxima and log-sum-exps are of capped ones.
+    An infinite logit stays what it is: a banned token stays banned.
+
+    `out`, where a gradient is written, is the logits themselves, or memory of its own: contiguous, or (1, rows, V) with
+    contiguous columns and any stride between rows. Its dtype is that of the logits, or for float32 logits also bfloat16
+    or float16; an entry is rounded once.
     """
 
     def row_sums(
-        self, logits: Tensor, kept: Tensor | None, temperature: Temperature, target: Tensor | None, wanted: Wanted
+        self,
+        logits: Tensor,
+        kept: Tensor | None,
+        temperature: Temperature,
+        target: Tensor | None,
+        wanted: Wanted,
+        softcap: float | None = None,
     ) -> Sums:
         """The sums over every column of a row but its target's, where the target lies in [0, V).
 
@@ -29,7 +43,13 @@ class Backend(Protocol):
         """
 
     def row_statistics(
-        self, logits: Tensor, kept: Tensor | None, temperature: Temperature, target: Tensor | None, wanted: Wanted
+        self,
+        logits: Tensor,
+        kept: Tensor | None,
+        temperature: Temperature,
+        target: Tensor | None,
+        wanted: Wanted,
+        softcap: float | None = None,
     ) -> tuple[Statistics, Saved]:
         """The statistics of each row, and what `row_gradient` needs of it.
 
@@ -37,20 +57,32 @@ class Backend(Protocol):
         """
 
     def row_gradient(
-        self, logits: Tensor, saved: Saved, target: Tensor | None, upstream: Upstream, out: Tensor
+        self,
+        logits: Tensor,
+        saved: Saved,
+        target: Tensor | None,
+        upstream: Upstream,
+        out: Tensor,
+        softcap: float | None = None,
     ) -> None:
-        """Writes the gradient of the logits into `out`, which is contiguous, or the logits themselves.
+        """Writes the gradient of the logits into `out`.
 
         The target matters where `upstream.logprob` is given. One outside [0, V) belongs to another rank's columns: the
         row's gradient here is then that of its columns.
         """
 
     def entropy_with_gradient(
-        self, logits: Tensor, token_weight: Tensor | None, divisor: Divisor, temperature: Temperature, out: Tensor
+        self,
+        logits: Tensor,
+        token_weight: Tensor | None,
+        divisor: Divisor,
+        temperature: Temperature,
+        out: Tensor,
+        softcap: float | None = None,
     ) -> Tensor:
         """The sum over rows of w H / divisor, 0-d in the statistics dtype; writes its gradient into `out`.
 
-        `token_weight` is bool or of the statistics dtype. `out` is contiguous, or the logits themselves.
+        `token_weight` is bool or of the statistics dtype.
         """
 
     def scale_(self, gradient: Tensor, factor: Tensor) -> None:

@@ -62,45 +62,75 @@ class _OverRanks:
         self.scale_ = local.scale_
 
     def row_sums(
-        self, logits: Tensor, kept: Tensor | None, temperature: Temperature, target: Tensor | None, wanted: Wanted
+        self,
+        logits: Tensor,
+        kept: Tensor | None,
+        temperature: Temperature,
+        target: Tensor | None,
+        wanted: Wanted,
+        softcap: float | None = None,
     ) -> Sums:
-        return self._united(logits, kept, temperature, target, wanted)[0]
+        return self._united(logits, kept, temperature, target, wanted, softcap)[0]
 
     def row_statistics(
-        self, logits: Tensor, kept: Tensor | None, temperature: Temperature, target: Tensor | None, wanted: Wanted
+        self,
+        logits: Tensor,
+        kept: Tensor | None,
+        temperature: Temperature,
+        target: Tensor | None,
+        wanted: Wanted,
+        softcap: float | None = None,
     ) -> tuple[Statistics, Saved]:
-        sums, target_logit = self._united(logits, kept, temperature, target, wanted)
+        sums, target_logit = self._united(logits, kept, temperature, target, wanted, softcap)
         return statistics.finish(sums, target_logit, kept, temperature, statistics_dtype(logits.dtype))
 
     def row_gradient(
-        self, logits: Tensor, saved: Saved, target: Tensor | None, upstream: Upstream, out: Tensor
+        self,
+        logits: Tensor,
+        saved: Saved,
+        target: Tensor | None,
+        upstream: Upstream,
+        out: Tensor,
+        softcap: float | None = None,
     ) -> None:
         # It concerns a rank's own columns, if it has any, and what all ranks know of the row.
         if out.numel() > 0:
-            self.local.row_gradient(logits, saved, target, upstream, out)
+            self.local.row_gradient(logits, saved, target, upstream, out, softcap)
 
     def entropy_with_gradient(
-        self, logits: Tensor, token_weight: Tensor | None, divisor: Divisor, temperature: Temperature, out: Tensor
+        self,
+        logits: Tensor,
+        token_weight: Tensor | None,
+        divisor: Divisor,
+        temperature: Temperature,
+        out: Tensor,
+        softcap: float | None = None,
     ) -> Tensor:
         kept = None if token_weight is None else token_weight != 0
-        found, saved = self.row_statistics(logits, kept, temperature, None, Wanted())
+        found, saved = self.row_statistics(logits, kept, temperature, None, Wanted(), softcap)
         row_factor = divisor.row_factor(logits, row_count(logits), token_weight)
-        self.row_gradient(logits, saved, None, Upstream(entropy=row_factor), out)
+        self.row_gradient(logits, saved, None, Upstream(entropy=row_factor), out, softcap)
         return (found.entropy * row_factor).sum()
 
     def _united(
-        self, logits: Tensor, kept: Tensor | None, temperature: Temperature, target: Tensor | None, wanted: Wanted
+        self,
+        logits: Tensor,
+        kept: Tensor | None,
+        temperature: Temperature,
+        target: Tensor | None,
+        wanted: Wanted,
+        softcap: float | None,
     ) -> tuple[Sums, Tensor | None]:
         """The sums over the columns of all ranks, and the target's logit, NaN where no rank has its column."""
         if logits.shape[2] == 0:
             sums = _sums_of_no_column(logits, wanted)
         else:
-            sums = self.local.row_sums(logits, kept, temperature, target, wanted)
+            sums = self.local.row_sums(logits, kept, temperature, target, wanted, softcap)
         if len(sums.m) == 0:
             return sums, None if target is None else sums.m
         own = [field for field in sums if field is not None]
         if target is not None:
-            own.append(_own_target_logits(logits, target))
+            own.append(_own_target_logits(logits, target, softcap))
         fields = iter(_gather(torch.stack(own), self.group).unbind(1))
         parts = sums.each(lambda _: next(fields))
         if target is None:
@@ -116,11 +146,11 @@ def _sums_of_no_column(logits: Tensor, wanted: Wanted) -> Sums:
     return sums._replace(m=sums.m - torch.inf)
 
 
-def _own_target_logits(logits: Tensor, target: Tensor) -> Tensor:
-    """The target's logit of each row, NaN where another rank has its column."""
+def _own_target_logits(logits: Tensor, target: Tensor, softcap: float | None) -> Tensor:
+    """The target's capped logit of each row, NaN where another rank has its column."""
     if logits.shape[2] == 0:
         return torch.full_like(target, torch.nan, dtype=statistics_dtype(logits.dtype))
-    return statistics.target_logits(logits, target)
+    return statistics.target_logits(logits, target, softcap)
 
 
 @torch.library.custom_op("em_kernels::first_and_total_column", mutates_args=())

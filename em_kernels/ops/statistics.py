@@ -136,12 +136,27 @@ def coefficients(saved: Saved, upstream: Upstream) -> Coefficients:
     return Coefficients(of_kept(constant * over_s), of_kept(linear * over_s), quadratic, target_constant, alpha)
 
 
-def target_logits(logits: Tensor, target: Tensor) -> Tensor:
-    """The target's logit of each row, NaN where the target is outside [0, V)."""
+def capped(z: Tensor, softcap: float | None) -> Tensor:
+    """softcap * tanh(z / softcap) in the statistics dtype, where z is finite; without a softcap, z itself."""
+    if softcap is None:
+        return z
+    z = z.to(statistics_dtype(z.dtype))
+    # tanh would make an ordinary logit of a banned token, and hide a +inf.
+    return torch.where(z.isinf(), z, (z / softcap).tanh_().mul_(softcap))
+
+
+def slope(z: Tensor, softcap: float) -> Tensor:
+    """The derivative of the capped logits by z, 1 - tanh(z / softcap)^2, in the statistics dtype."""
+    # 1 / cosh^2 keeps its relative accuracy where tanh^2 is next to 1.
+    return (z.to(statistics_dtype(z.dtype)) / softcap).cosh_().pow_(-2)
+
+
+def target_logits(logits: Tensor, target: Tensor, softcap: float | None = None) -> Tensor:
+    """The target's capped logit of each row, NaN where the target is outside [0, V)."""
     outer, inner, vocab = logits.shape
     exists = (target >= 0) & (target < vocab)
     z = logits.gather(-1, torch.where(exists, target, 0).view(outer, inner, 1)).reshape(-1)
-    return torch.where(exists, z.to(statistics_dtype(logits.dtype)), torch.nan)
+    return torch.where(exists, capped(z, softcap).to(statistics_dtype(logits.dtype)), torch.nan)
 
 
 def _moved_to_maximum(parts: Sums, temperature: Temperature) -> Sums:

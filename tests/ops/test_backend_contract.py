@@ -33,22 +33,26 @@ class Subject(NamedTuple):
             return value.to(self.device)
         return type(value)(*map(self.place, value)) if isinstance(value, tuple) else value
 
-    def row_sums(self, logits, kept=None, temperature=TAU_1, target=None, wanted=EVERYTHING):
-        return self.functions.row_sums(*map(self.place, (logits, kept, temperature, target, wanted)))
+    def row_sums(self, logits, kept=None, temperature=TAU_1, target=None, wanted=EVERYTHING, **softcap):
+        return self.functions.row_sums(*map(self.place, (logits, kept, temperature, target, wanted)), **softcap)
 
-    def row_statistics(self, logits, kept=None, temperature=TAU_1, target=None, wanted=EVERYTHING):
-        return self.functions.row_statistics(*map(self.place, (logits, kept, temperature, target, wanted)))
+    def row_statistics(self, logits, kept=None, temperature=TAU_1, target=None, wanted=EVERYTHING, **softcap):
+        return self.functions.row_statistics(*map(self.place, (logits, kept, temperature, target, wanted)), **softcap)
 
-    def row_gradient(self, logits, saved, upstream, target=None, inplace=False) -> Tensor:
+    def row_gradient(self, logits, saved, upstream, target=None, inplace=False, out=None, **softcap) -> Tensor:
         logits, target, upstream = map(self.place, (logits, target, upstream))
-        out = logits if inplace else logits.new_full(logits.shape, NAN)
-        self.functions.row_gradient(logits, saved, target, upstream, out)
+        if out is None:
+            out = logits if inplace else logits.new_full(logits.shape, NAN)
+        self.functions.row_gradient(logits, saved, target, upstream, out, **softcap)
         return out
 
-    def entropy_with_gradient(self, logits, token_weight=None, divisor=UNDIVIDED, temperature=TAU_1, inplace=False):
+    def entropy_with_gradient(
+        self, logits, token_weight=None, divisor=UNDIVIDED, temperature=TAU_1, inplace=False, out=None, **softcap
+    ):
         logits, *arguments = map(self.place, (logits, token_weight, divisor, temperature))
-        out = logits if inplace else logits.new_full(logits.shape, NAN)
-        return self.functions.entropy_with_gradient(logits, *arguments, out), out
+        if out is None:
+            out = logits if inplace else logits.new_full(logits.shape, NAN)
+        return self.functions.entropy_with_gradient(logits, *arguments, out, **softcap), out
 
     def skip_dtype(self, dtype: torch.dtype) -> None:
         reason = backend.unavailable_reason(self.name, self.device, dtype)
@@ -395,3 +399,126 @@ def test_in_place_gradients_leave_the_memory_between_rows_alone(subject):
         subject.row_gradient(z, saved, upstream, inplace=True)
         assert_close(z, expected)
     assert torch.equal(whole[:, -1], before[:, -1])
+
+
+# ------------------------------------------------------------------------------------------------------------- softcap
+
+
+def capped(z: Tensor, softcap: float) -> Tensor:
+    z = z.double()
+    return torch.where(z.isinf(), z, softcap * torch.tanh(z / softcap))
+
+
+# A float32 logit next to the cap is rounded to a few millionths of its distance from the others.
+CAPPED = {"rtol": 1e-5, "atol": 1e-5}
+
+
+@pytest.mark.parametrize("softcap", [5.0, 30.0], ids="cap{}".format)
+@pytest.mark.parametrize("vocab", [7, 9001], ids="V{}".format)
+def test_softcap_in_sums_and_statistics(subject, vocab, softcap):
+    z, target, tau = draw(vocab)
+    expected_logits = capped(z, softcap).view(ROWS, vocab)
+    sums = subject.row_sums(z, None, Temperature(tau), softcap=softcap)
+    for actual, truth in zip(sums, exact_sums(expected_logits, tau), strict=True):
+        assert_close(actual, truth, **CAPPED)
+    actual, _ = subject.row_statistics(z, None, Temperature(tau), target, softcap=softcap)
+    expected = reference.row_statistics(expected_logits, target, temperature=tau)
+    for statistic, truth in zip(actual, expected, strict=False):
+        assert_close(statistic, truth, **CAPPED)
+    extra = reference.extra_statistics(expected_logits, target, temperature=tau)
+    for name, statistic in zip(EXTRA, actual.extra, strict=True):
+        assert_close(statistic, getattr(extra, name), **CAPPED)
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["copy", "inplace"])
+@pytest.mark.parametrize(
+    ("vocab", "dtype"),
+    [(7, torch.float32), (9001, torch.float32), (1000, torch.bfloat16), (1000, torch.float16)],
+    ids=str,
+)
+def test_softcap_in_gradients(subject, vocab, dtype, inplace):
+    subject.skip_dtype(dtype)
+    softcap = 5.0
+    z, target, tau = draw(vocab)
+    z = z.to(dtype)
+    flat = z.view(ROWS, vocab)
+    expected_logits, slope = capped(flat, softcap), torch.cosh(flat.double() / softcap) ** -2
+    upstream = upstream_gradients(Upstream._fields)
+    _, saved = subject.row_statistics(z, None, Temperature(tau), target, softcap=softcap)
+    _, expected = reference_stats(expected_logits, target, None, upstream, tau)
+    actual = subject.row_gradient(z.clone(), saved, upstream, target, inplace, softcap=softcap)
+    scale = 10 * sum(g.abs() for g in upstream) / tau
+    assert_gradient(actual.view(ROWS, vocab), expected * slope, dtype, scale=scale)
+
+    loss, actual = subject.entropy_with_gradient(z.clone(), None, UNDIVIDED, Temperature(tau), inplace, softcap=softcap)
+    assert_close(loss, reference.row_statistics(expected_logits, temperature=tau).entropy.sum(), **CAPPED)
+    assert_gradient(actual.view(ROWS, vocab), entropy_gradient(expected_logits, tau) * slope, dtype, scale=10 / tau)
+
+
+def test_softcaps_slope_keeps_its_relative_accuracy_next_to_the_cap(subject):
+    # From 1e-5 down to 1e-7, where 1 - tanh^2 in float32 has a digit left, or none.
+    z = torch.linspace(6, 8.5, 300).repeat(2).view(1, 2, 300) * 5.0
+    _, saved = subject.row_statistics(z, softcap=5.0)
+    actual = subject.row_gradient(z, saved, Upstream(lse=torch.ones(2)), softcap=5.0)
+    expected = capped(z, 5.0).softmax(-1) * torch.cosh(z.double() / 5.0) ** -2
+    assert_close(actual, expected, rtol=2e-5, atol=0)
+
+
+@pytest.mark.parametrize("vocab", [3, 2500], ids="V{}".format)
+def test_softcap_leaves_infinite_logits_alone(subject, vocab):
+    z = torch.randn(1, 5, vocab)
+    z[0, 0, -1] = -INF  # banned
+    z[0, 1], z[0, 2, 0], z[0, 3, -1] = -INF, INF, NAN
+    target, one = torch.zeros(5, dtype=torch.int64), torch.ones(5)
+    actual, saved = subject.row_statistics(z, target=target, softcap=5.0)
+    gradients = [
+        *(subject.row_gradient(z, saved, Upstream(**{x: one}), target, softcap=5.0) for x in Upstream._fields),
+        subject.entropy_with_gradient(z, softcap=5.0)[1],
+    ]
+    banned = subject.row_statistics(z[:, :1, :-1].contiguous(), target=target[:1], softcap=5.0)[0]
+    assert_close(actual.entropy[:1], banned.entropy)
+    for result in (*actual[:4], *[x[0].T for x in gradients]):
+        assert result[..., 1:4].isnan().all()
+        assert result[..., [0, 4]].isfinite().all()
+    assert all((x[0, 0, -1] == 0).all() for x in gradients)
+
+
+# ------------------------------------------------------------------------------------- gradients in memory of their own
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0], ids="cap {}".format)
+@pytest.mark.parametrize("padded", [False, True], ids=["contiguous", "padded rows"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("vocab", [7, 9001], ids="V{}".format)
+def test_gradients_in_a_narrower_dtype_and_in_padded_rows(subject, vocab, dtype, padded, softcap):
+    z, target, tau = draw(vocab)
+    options = {} if softcap is None else {"softcap": softcap}
+    z, temperature = z.reshape(1, ROWS, vocab), Temperature(tau)
+    kept = torch.tensor([True, True, True, False, True, True])
+    upstream = upstream_gradients(Upstream._fields)
+    _, saved = subject.row_statistics(z, kept, temperature, target, **options)
+
+    def out() -> tuple[Tensor, Tensor]:
+        whole = subject.place(torch.full((ROWS, -(-vocab // 64) * 64 if padded else vocab), 7.0, dtype=dtype))
+        return whole, whole[None, :, :vocab]
+
+    for function, arguments in (
+        (subject.row_gradient, (saved, upstream, target)),
+        (lambda *a, **k: subject.entropy_with_gradient(*a, **k)[1], (kept, Divisor(number=3), temperature)),
+    ):
+        in_float32 = function(z, *arguments, **options)
+        whole, actual = out()
+        function(z, *arguments, out=actual, **options)
+        # Rounded once, so to the neighbour that is next: another order of the sums may decide between two.
+        assert_gradient(actual[0], in_float32[0].cpu().double(), dtype)
+        assert (actual[0, 3] == 0).all()
+        assert (whole[:, vocab:] == 7).all()
+
+
+def test_padded_rows_of_16_bits(subject):
+    subject.skip_dtype(torch.bfloat16)
+    z = subject.place(torch.randn(1, ROWS, 192).bfloat16())[..., :130]
+    expected = subject.entropy_with_gradient(z)[1]
+    whole = subject.place(torch.full((ROWS, 256), 7.0, dtype=torch.bfloat16))
+    assert torch.equal(subject.entropy_with_gradient(z, out=whole[None, :, :130])[1], expected)
+    assert (whole[:, 130:] == 7).all()

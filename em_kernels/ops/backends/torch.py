@@ -39,12 +39,18 @@ _BLOCK_BYTES_ELSEWHERE = 1 << 26
 
 
 def row_sums(
-    logits: Tensor, kept: Tensor | None, temperature: Temperature, target: Tensor | None, wanted: Wanted
+    logits: Tensor,
+    kept: Tensor | None,
+    temperature: Temperature,
+    target: Tensor | None,
+    wanted: Wanted,
+    softcap: float | None = None,
 ) -> Sums:
     vocab = logits.shape[2]
     sums = Sums.allocate(logits, wanted).each(Tensor.zero_)
     inv_tau = _inverse(logits, temperature)
     for index, z in _blocks(logits, kept):
+        z = statistics.capped(z, softcap)
         at = None if target is None else _Column(target[index], vocab)
         if at is not None:
             z = at.fill(z, -torch.inf)
@@ -64,49 +70,71 @@ def row_sums(
 
 
 def row_statistics(
-    logits: Tensor, kept: Tensor | None, temperature: Temperature, target: Tensor | None, wanted: Wanted
+    logits: Tensor,
+    kept: Tensor | None,
+    temperature: Temperature,
+    target: Tensor | None,
+    wanted: Wanted,
+    softcap: float | None = None,
 ) -> tuple[Statistics, Saved]:
-    sums = row_sums(logits, kept, temperature, target, wanted)
-    target_logit = None if target is None else statistics.target_logits(logits, target)
+    sums = row_sums(logits, kept, temperature, target, wanted, softcap)
+    target_logit = None if target is None else statistics.target_logits(logits, target, softcap)
     return statistics.finish(sums, target_logit, kept, temperature, statistics_dtype(logits.dtype))
 
 
-def row_gradient(logits: Tensor, saved: Saved, target: Tensor | None, upstream: Upstream, out: Tensor) -> None:
+def row_gradient(
+    logits: Tensor,
+    saved: Saved,
+    target: Tensor | None,
+    upstream: Upstream,
+    out: Tensor,
+    softcap: float | None = None,
+) -> None:
     working = _working_dtype(logits)
     of_row = statistics.coefficients(saved, upstream)
     inv_tau = (saved.scale_hi.to(working) + saved.scale_lo) * math.log(2)
     for index, z in _blocks(logits, saved.kept, out):
-        _, u, e = _exponentials(z, inv_tau[index], saved.m[index])
+        _, u, e = _exponentials(statistics.capped(z, softcap), inv_tau[index], saved.m[index])
         u -= saved.mean_d[index].unsqueeze(-1)
         gradient = _polynomial(u, of_row.constant[index], of_row, index).mul_(e)
         if target is not None and of_row.target_constant is not None and of_row.alpha is not None:
             at = _Column(target[index], logits.shape[2])
             at_target = _polynomial(at.read(u), of_row.target_constant[index], of_row, index) * at.read(e)
             gradient = at.write_(gradient, at_target + of_row.alpha[index].unsqueeze(-1))
-        _write_block(out, index, gradient)
+        _write_block(out, index, _times_slope(gradient, z, softcap))
 
 
 def entropy_with_gradient(
-    logits: Tensor, token_weight: Tensor | None, divisor: Divisor, temperature: Temperature, out: Tensor
+    logits: Tensor,
+    token_weight: Tensor | None,
+    divisor: Divisor,
+    temperature: Temperature,
+    out: Tensor,
+    softcap: float | None = None,
 ) -> Tensor:
     row_factor = divisor.row_factor(logits, row_count(logits), token_weight)
     kept = None if token_weight is None else row_factor != 0
     entropy = torch.zeros_like(row_factor)
     inv_tau = _inverse(logits, temperature)
     for index, z in _blocks(logits, kept, out):
-        _, d, e = _exponentials(z, inv_tau[index])
+        _, d, e = _exponentials(statistics.capped(z, softcap), inv_tau[index])
         s = e.sum(dim=-1)
         mean_d = (d * e).sum(dim=-1) / s
         entropy[index] = (s.log() - mean_d).to(entropy.dtype)
         e *= d.sub_(mean_d.unsqueeze(-1))
         e *= (-row_factor[index] * inv_tau[index] / s).unsqueeze(-1)
-        _write_block(out, index, e)
+        _write_block(out, index, _times_slope(e, z, softcap))
     return (entropy * row_factor).sum()
 
 
 def scale_(gradient: Tensor, factor: Tensor) -> None:
     if not types.host_sees(factor) or factor.item() != 1:
         gradient.mul_(factor)
+
+
+def _times_slope(gradient: Tensor, z: Tensor, softcap: float | None) -> Tensor:
+    """The gradient of the logits z from that of the capped logits, in place."""
+    return gradient if softcap is None else gradient.mul_(statistics.slope(z, softcap))
 
 
 def _polynomial(u: Tensor, constant: Tensor, of_row: Coefficients, index: RowIndex) -> Tensor:

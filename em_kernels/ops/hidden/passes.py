@@ -1,10 +1,17 @@
 """The passes over the chunks of tokens: the reduced loss with its gradients, statistics, and the gradients of these.
 
-entropy_and_gradients    three matmuls: a chunk's logits; from them, in place and by the logits' own backend, their
-                         gradient; from that the chunk's gradient of hidden and its part of the weight's
+entropy_and_gradients    three matmuls: a chunk's logits; from them, by the logits' own backend, their gradient; from
+                         that the chunk's gradient of hidden and its part of the weight's
 row_statistics           one matmul
 gradients_of_statistics  three matmuls, of which the first makes the logits again
+
+Around the matmuls the float32 logits are read and their gradient is written once each, in the dtype in which the
+matmuls take it, and the weight's float32 gradient is written by the first chunk and read and written by each other.
+A chunk is four launches with 16-bit operands on a GPU, five where hidden's gradient is rounded from float32.
 """
+
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,11 +19,11 @@ from torch import Tensor
 from em_kernels.ops.hidden.chunks import Chunks
 from em_kernels.ops.hidden.gradients import Gradients, Totals
 from em_kernels.ops.hidden.head import Chunking, Head
+from em_kernels.ops.hidden.kept import kept_rows
 from em_kernels.ops.sharded import Place, implementation
 from em_kernels.ops.types import (
     Divisor,
     Needs,
-    RowIndex,
     Saved,
     Statistics,
     Temperature,
@@ -24,6 +31,8 @@ from em_kernels.ops.types import (
     Wanted,
     statistics_dtype,
 )
+
+_T = TypeVar("_T")
 
 
 def entropy_and_gradients(
@@ -37,24 +46,26 @@ def entropy_and_gradients(
     place: Place,
 ) -> tuple[Tensor, Gradients]:
     """The sum over rows of w H / divisor, 0-d, and the gradient of each operand that needs one."""
-    backend = implementation(place)
-    loss = hidden.new_zeros((), dtype=statistics_dtype(hidden.dtype))
-    # The divisor comes last: before it the gradient of a mean is as large as that of a sum.
-    scale, undivided = divisor.divide(torch.ones_like(loss)), Divisor()
-    tolerance: float | Tensor | None = chunking.grad_tolerance or None
+    backend, softcap = implementation(place), head.softcap
+    rows = kept_rows(_kept(token_weight), len(hidden), chunking.token_count)
+    hidden, token_weight = rows.hidden(hidden), rows.token_weight(token_weight)
+    temperature = rows.temperature(temperature, hidden)
+    zero = hidden.new_zeros((), dtype=statistics_dtype(hidden.dtype))
+    scale = None
     if hidden.dtype == torch.float16 and len(hidden) > 0:
-        unit = _float16_unit(loss, token_weight, temperature)
-        scale, undivided = scale * unit, Divisor(unit)
-        tolerance = None if tolerance is None else tolerance / unit
-    totals = Totals(hidden, head, needs, scale=scale, tolerance=tolerance, group=place.group)
-    chunks = Chunks(hidden, head, None if token_weight is None else token_weight != 0, chunking.chunk_size)
-    for index, h in chunks:
-        z, slope = chunks.logits(h)
-        loss += backend.entropy_with_gradient(
-            z[None], _of(token_weight, index), undivided, temperature.of_rows(index), z[None]
-        )
-        totals.add(index, h, z if slope is None else z.mul_(slope))
-    return loss * scale, totals.finish()
+        # The divisor comes last: before it the gradient of a mean is as large as that of a sum.
+        unit = _float16_unit(zero, token_weight, temperature)
+        scale, divisor = divisor.divide(unit), Divisor(unit)
+
+    def write_gradient(index: slice, z: Tensor, out: Tensor) -> Tensor:
+        weight = _of(token_weight, index)
+        return backend.entropy_with_gradient(z, weight, divisor, temperature.of_rows(index), out, softcap)
+
+    tolerance = divisor.divide(zero + chunking.grad_tolerance) if chunking.grad_tolerance > 0 else None
+    losses, totals = _over_chunks(hidden, head, chunking, needs, tolerance, place.group, write_gradient)
+    loss = torch.stack(losses).sum() if losses else zero
+    loss = loss if scale is None else loss * scale
+    return rows.nan_if_wrong(loss), totals.finish(rows, scale)
 
 
 def row_statistics(
@@ -64,28 +75,36 @@ def row_statistics(
     temperature: Temperature,
     target: Tensor | None,
     wanted: Wanted,
-    chunk_size: int,
+    chunking: Chunking,
     place: Place,
 ) -> tuple[Statistics, Saved]:
     """The statistics of each row, and what `gradients_of_statistics` needs of it."""
     backend = implementation(place)
-    results = Statistics.allocate(hidden, len(hidden), target is not None, wanted)
-    saved = Saved.allocate(hidden, len(hidden))
-    # The rows that no chunk holds are masked.
-    outputs = (*results, saved.planes)
-    for output in outputs:
-        if output is not None:
-            output.zero_()
-    chunks = Chunks(hidden, head, kept, chunk_size)
-    for index, h in chunks:
-        z, _ = chunks.logits(h, with_slope=False)
-        found, found_saved = backend.row_statistics(
-            z[None], _of(kept, index), temperature.of_rows(index), _of(target, index), wanted
+    rows = kept_rows(kept, len(hidden), chunking.token_count)
+    hidden, target = rows.hidden(hidden), rows.target(target)
+    temperature = rows.temperature(temperature, hidden)
+    chunks = Chunks(hidden, head, chunking.chunk_size)
+    found = [
+        backend.row_statistics(
+            chunks.logits(h)[None],
+            _of(rows.kept, index),
+            temperature.of_rows(index),
+            _of(target, index),
+            wanted,
+            head.softcap,
         )
-        for output, part in zip(outputs, (*found, found_saved.planes), strict=True):
-            if output is not None and part is not None:
-                output[..., index] = part
-    return results, saved
+        for index, h in chunks
+    ]
+    if not found:
+        found = [(Statistics.allocate(hidden, 0, target is not None, wanted), Saved.allocate(hidden, 0))]
+
+    def joined(*parts: Tensor | None) -> Any:
+        given = [part for part in parts if part is not None]
+        return rows.among_all(torch.cat(given, -1), -1) if given else None
+
+    statistics, saved = zip(*found, strict=True)
+    planes = joined(*(part.planes for part in saved))
+    return Statistics(*map(joined, *statistics)), Saved(planes)
 
 
 def gradients_of_statistics(
@@ -99,7 +118,10 @@ def gradients_of_statistics(
     place: Place,
 ) -> Gradients:
     """The gradient of each operand that needs one, from the gradient of the loss by each statistic."""
-    backend = implementation(place)
+    backend, softcap = implementation(place), head.softcap
+    rows = kept_rows(saved.kept, len(hidden), chunking.token_count)
+    hidden, target = rows.hidden(hidden), rows.target(target)
+    saved, upstream = rows.saved(saved), rows.upstream(upstream)
     given = [g for g in upstream if g is not None]
     tolerance = None
     if chunking.grad_tolerance > 0 and given and len(hidden) > 0:
@@ -107,13 +129,41 @@ def gradients_of_statistics(
         tolerance = (
             chunking.grad_tolerance * torch.stack([g.masked_fill(~saved.kept, 0).abs().amax() for g in given]).amax()
         )
-    totals = Totals(hidden, head, needs, tolerance=tolerance, group=place.group)
-    chunks = Chunks(hidden, head, saved.kept, chunking.chunk_size)
+
+    def write_gradient(index: slice, z: Tensor, out: Tensor) -> None:
+        backend.row_gradient(z, saved.of_rows(index), _of(target, index), upstream.of_rows(index), out, softcap)
+
+    _, totals = _over_chunks(hidden, head, chunking, needs, tolerance, place.group, write_gradient)
+    return totals.finish(rows, None)
+
+
+def _over_chunks(
+    hidden: Tensor,
+    head: Head,
+    chunking: Chunking,
+    needs: Needs,
+    tolerance: Tensor | None,
+    group: str,
+    write_gradient: Callable[[slice, Tensor, Tensor], _T],
+) -> tuple[list[_T], Totals]:
+    """What `write_gradient` returns for each chunk, and the sums of the gradients.
+
+    `write_gradient` is given a chunk's rows, its logits, and the memory for their gradient. The memory of the chunks is
+    free when this returns, so that what is allocated next may lie there.
+    """
+    chunks = Chunks(hidden, head, chunking.chunk_size)
+    totals = Totals(hidden, head, needs, one_chunk=len(chunks) == 1, tolerance=tolerance, group=group)
+    results = []
     for index, h in chunks:
-        z, slope = chunks.logits(h)
-        backend.row_gradient(z[None], saved.of_rows(index), _of(target, index), upstream.of_rows(index), z[None])
-        totals.add(index, h, z if slope is None else z.mul_(slope))
-    return totals.finish()
+        z = chunks.logits(h)
+        gradient = chunks.memory_for_gradient(z)
+        results.append(write_gradient(index, z[None], gradient[None]))
+        totals.add(index, h, gradient)
+    return results, totals
+
+
+def _kept(token_weight: Tensor | None) -> Tensor | None:
+    return token_weight if token_weight is None or token_weight.dtype == torch.bool else token_weight != 0
 
 
 def _float16_unit(like: Tensor, token_weight: Tensor | None, temperature: Temperature) -> Tensor:
@@ -132,5 +182,5 @@ def _float16_unit(like: Tensor, token_weight: Tensor | None, temperature: Temper
     return torch.where(largest == 0, 1, largest) / (2.0**10 * tau.amin().clamp(max=1))
 
 
-def _of(values: Tensor | None, index: RowIndex) -> Tensor | None:
+def _of(values: Tensor | None, index: slice) -> Tensor | None:
     return None if values is None else values[index]

@@ -75,6 +75,7 @@ def _entropy(
     temperature: float,
     chunk_size: int,
     grad_tolerance: float,
+    token_count: int | None,
     needs: Sequence[bool],
     backend: str,
     group: str,
@@ -86,7 +87,7 @@ def _entropy(
             token_weight,
             Divisor(divisor, number),
             Temperature(row_temperature, temperature),
-            Chunking(chunk_size, grad_tolerance),
+            Chunking(chunk_size, grad_tolerance, token_count),
             Needs(*needs),
             Place(backend, group),
         )
@@ -138,6 +139,7 @@ def _statistics(
     extra: bool,
     chunk_size: int,
     grad_tolerance: float,
+    token_count: int | None,
     backend: str,
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -150,7 +152,7 @@ def _statistics(
             Temperature(row_temperature, temperature),
             target,
             Wanted(second_moment, extra),
-            chunk_size,
+            Chunking(chunk_size, grad_tolerance, token_count),
             Place(backend, group),
         )
     return *statistics.with_empty(), saved.planes
@@ -171,7 +173,7 @@ def _(*inputs):
 def _setup_statistics(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     at = _statistics_arguments(inputs)
     *_, extra, planes = output
-    ctx.options = (at.chunk_size, at.grad_tolerance)
+    ctx.chunking = Chunking(at.chunk_size, at.grad_tolerance, at.token_count)
     ctx.softcap, ctx.logits_dtype, ctx.place = at.softcap, at.logits_dtype, Place(at.backend, at.group)
     ctx.mark_non_differentiable(extra, planes)
     ctx.set_materialize_grads(False)
@@ -184,7 +186,7 @@ def _backward_statistics(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | 
     of_hidden, of_weight, of_bias, *_ = ctx.needs_input_grad
     needs = [of_hidden, of_weight, of_bias]
     head = Head(weight, bias, ctx.softcap, ctx.logits_dtype)
-    results = _gradients_op(hidden, *head, planes, target, list(upstream), *ctx.options, needs, *ctx.place)
+    results = _gradients_op(hidden, *head, planes, target, list(upstream), *ctx.chunking, needs, *ctx.place)
     return _of_operands(ctx, results, needs, hidden.dtype)
 
 
@@ -202,6 +204,7 @@ def _gradients(
     upstream: Sequence[Tensor | None],
     chunk_size: int,
     grad_tolerance: float,
+    token_count: int | None,
     needs: Sequence[bool],
     backend: str,
     group: str,
@@ -213,7 +216,7 @@ def _gradients(
             Saved(saved),
             target,
             Upstream(*upstream),
-            Chunking(chunk_size, grad_tolerance),
+            Chunking(chunk_size, grad_tolerance, token_count),
             Needs(*needs),
             Place(backend, group),
         )

@@ -29,10 +29,10 @@ def test_opcheck_entropy_with_gradient(implementation, operands, extras, needs):
     o = {k: v.detach() if k in ("hidden", "weight", "bias") and not needed else v
          for (k, v), needed in zip(operands.items(), (*needs, *[True] * 4), strict=True)}  # fmt: skip
     if extras:
-        rest = (o["bias"], 5.0, torch.float32, o["mask"], o["divisor"], 1, o["temperature"], 1.0, 4, 1e-3)
+        rest = (o["bias"], 5.0, torch.float32, o["mask"], o["divisor"], 1, o["temperature"], 1.0, 4, 1e-3, 4)
     else:
         needs = (*needs[:2], False)
-        rest = (None, None, torch.float32, None, None, 3, None, 0.7, 100, 0.0)
+        rest = (None, None, torch.float32, None, None, 3, None, 0.7, 100, 0.0, None)
     opcheck_loss(registered._entropy_op, (o["hidden"], o["weight"], *rest, list(needs), implementation.backend, ""))
 
 
@@ -41,9 +41,9 @@ def test_opcheck_row_statistics(implementation, operands, extras):
     o = operands
     if extras:
         wanted = (True, True)
-        rest = (o["bias"], 5.0, torch.float32, o["mask"], o["temperature"], 1.0, o["target"], *wanted, 4, 0.0)
+        rest = (o["bias"], 5.0, torch.float32, o["mask"], o["temperature"], 1.0, o["target"], *wanted, 4, 0.0, 4)
     else:
-        rest = (None, None, torch.float32, None, None, 0.7, None, False, False, 100, 0.0)
+        rest = (None, None, torch.float32, None, None, 0.7, None, False, False, 100, 0.0, None)
     torch.library.opcheck(registered._statistics_op, (o["hidden"], o["weight"], *rest, implementation.backend, ""))
 
 
@@ -51,14 +51,14 @@ def test_opcheck_row_gradient(implementation, operands):
     o = {k: v.detach() for k, v in operands.items()}
     head = (o["weight"], o["bias"], None, torch.float32)
     *_, saved = registered._statistics_op(
-        o["hidden"], *head, o["mask"], None, 0.7, o["target"], True, False, 4, 0.0, implementation.backend, ""
+        o["hidden"], *head, o["mask"], None, 0.7, o["target"], True, False, 4, 0.0, None, implementation.backend, ""
     )
     upstream = torch.randn(4, 6, device=implementation.device)
     for used in ((True,) * 4, (True, False, False, False)):
         grads = [g if u else None for g, u in zip(upstream, used, strict=True)]
         torch.library.opcheck(
             registered._gradients_op,
-            (o["hidden"], *head, saved, o["target"], grads, 4, 0.0, [True] * 3, implementation.backend, ""),
+            (o["hidden"], *head, saved, o["target"], grads, 4, 0.0, 4, [True] * 3, implementation.backend, ""),
         )
 
 
@@ -108,10 +108,14 @@ def test_matmuls_of_16_bits_keep_their_float32(dtype):
     logits = torch.empty(256, 576, device="cuda")[:, :512]
     matmul.project(h, weight, None, out=logits)
     expected_total = total.double() + gradient.double().T @ h.double()
-    matmul.add_transposed_product(total, gradient, h)
+    matmul.transposed_product(gradient, h, total, add=True)
+    product, first_total = torch.empty(256, 64, device="cuda"), torch.full_like(total, float("nan"))
+    matmul.product(gradient, weight, product)
+    matmul.transposed_product(gradient, h, first_total, add=False)
     for actual, expected in (
         (logits, h.double() @ weight.double().T),
-        (matmul.float32_product(gradient, weight), gradient.double() @ weight.double()),
+        (product, gradient.double() @ weight.double()),
         (total, expected_total),
+        (first_total, gradient.double().T @ h.double()),
     ):
         torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-3)
