@@ -56,14 +56,21 @@ class Divisor(NamedTuple):
     number: int = 1
     of_weights: bool = False
 
+    def known(self, token_weight: Tensor | None, dtype: torch.dtype) -> "Divisor":
+        """The same divisor with the sum of the weights as its total, for whoever does not make that sum."""
+        if not self.of_weights or token_weight is None:
+            return self
+        return Divisor(token_weight.sum(dtype=dtype), self.number)
+
     def divide(self, values: Tensor) -> Tensor:
         values = values / self.number
         return values if self.total is None else values / torch.where(self.total == 0, 1, self.total)
 
     def row_factor(self, like: Tensor, rows: int, token_weight: Tensor | None) -> Tensor:
         """What multiplies the gradient of each row's entropy, w / divisor, in the statistics dtype of `like`."""
-        factor = like.new_ones(rows, dtype=statistics_dtype(like.dtype))
-        return self.divide(factor if token_weight is None else factor * token_weight)
+        dtype = statistics_dtype(like.dtype)
+        factor = like.new_ones(rows, dtype=dtype)
+        return self.known(token_weight, dtype).divide(factor if token_weight is None else factor * token_weight)
 
 
 class Wanted(NamedTuple):
