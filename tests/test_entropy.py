@@ -42,7 +42,7 @@ def check(implementation, logits, mask=None, upstream=1.0, inplace_backward=Fals
 
 @pytest.fixture(params=["sums first", "a row ahead"])
 def lag(request, monkeypatch, implementation):
-    """How far the Triton kernel's sums run ahead of its gradients: few rows are all summed first, many a row at a time."""
+    """How far the Triton kernel's sums run ahead of its gradients: all rows, or one."""
     if request.param == "a row ahead":
         if implementation.name != "triton":
             pytest.skip("only the Triton kernel has a lag")

@@ -1,4 +1,4 @@
-"""The fused kernel's schedule, on the host: every order in which programs can interleave ends, and reads what it should.
+"""The fused kernel's schedule, on the host: every interleaving of programs ends, and reads only what is stored.
 
 The interpreter runs programs one after another, so that it never sees two at once. Here programs are small machines
 whose steps are what memory sees of them, and a search goes through every state that some interleaving leads to. Each
@@ -27,13 +27,13 @@ def kernel_tasks(rows: int, parts: int, lag: int) -> list[Task]:
     return [task_of.fn(ticket, rows, parts, lag) for ticket in range(2 * rows * parts)]
 
 
-@pytest.mark.parametrize("rows, parts, lag", ROWS_PARTS_LAG)
+@pytest.mark.parametrize(("rows", "parts", "lag"), ROWS_PARTS_LAG)
 def test_every_task_has_one_ticket(rows, parts, lag):
     tasks = Counter(kernel_tasks(rows, parts, lag))
     assert tasks == Counter(itertools.product(range(rows), range(parts), (False, True)))
 
 
-@pytest.mark.parametrize("rows, parts, lag", ROWS_PARTS_LAG)
+@pytest.mark.parametrize(("rows", "parts", "lag"), ROWS_PARTS_LAG)
 def test_a_gradient_comes_a_lag_after_its_sums_and_not_later(rows, parts, lag):
     place = {task: ticket for ticket, task in enumerate(kernel_tasks(rows, parts, lag))}
     for row, part in itertools.product(range(rows), range(parts)):
@@ -116,7 +116,7 @@ class Search:
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 4])
 @pytest.mark.parametrize("sum_weights", [False, True], ids=["total given", "weights summed"])
-@pytest.mark.parametrize("rows, parts, lag", SEARCHED)
+@pytest.mark.parametrize(("rows", "parts", "lag"), SEARCHED)
 def test_no_interleaving_waits_for_ever_or_reads_too_early(rows, parts, lag, sum_weights, workers):
     tasks = kernel_tasks(rows, parts, lag)
     states = Search(tasks, rows, parts, workers, sum_weights=sum_weights).check()
