@@ -65,10 +65,6 @@ class Compiled:
         """Registers of a thread, and the bytes that it keeps in memory for want of registers, its stack included."""
         return _nvidia_resources(self.code) if self.nvidia else _amd_resources(self.code.decode())
 
-    def disassembly(self) -> str:
-        """Return what nvdisasm makes of the machine code."""
-        return _run_on(self.code, triton.knobs.nvidia.nvdisasm.path, "-c")
-
 
 class Launch(NamedTuple):
     """A launch that was replaced: the kernel, the number of programs, and the integers it was given, by name."""
@@ -128,7 +124,11 @@ class _Driver:
 
 
 def _nvidia_resources(code: bytes) -> dict[str, int]:
-    dump = _run_on(code, triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(code)
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", path]
+        dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", dump)
     if found is None:
         raise RuntimeError(f"no resource usage in {dump!r}")
@@ -144,10 +144,3 @@ def _amd_resources(assembly: str) -> dict[str, int]:
         return int(found.group(1))
 
     return {"registers": value("vgpr_count"), "spill_bytes": 4 * value("vgpr_spill_count")}
-
-
-def _run_on(code: bytes, *command: str) -> str:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(code)
-        return subprocess.run([*command, path], capture_output=True, text=True, check=True).stdout

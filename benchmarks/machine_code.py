@@ -18,17 +18,17 @@ from typing import Any
 import torch
 from rows import append_row, machine
 
-TARGETS = ("cuda:90", "cuda:100")
+_TARGETS = ("cuda:90", "cuda:100")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--target", action="append", choices=TARGETS, help="may be repeated (all)")
+    parser.add_argument("--target", action="append", choices=_TARGETS, help="may be repeated (all)")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/machine_code"), metavar="FOLDER", help="(runs/machine_code)"
     )
     options = parser.parse_args()
-    targets = options.target or list(TARGETS)
+    targets = options.target or list(_TARGETS)
     (options.out / "cubins").mkdir(parents=True, exist_ok=True)
     file = options.out / "machine_code.jsonl"
     if len(targets) > 1:
@@ -51,13 +51,12 @@ def rows_of(target: str) -> Iterator[tuple[dict[str, Any], bytes]]:
 
     Machine codes that are equal are one, whatever they were compiled for.
     """
-    from compiled_launches import Compiled, Launch, compile_launches
+    from compiled_launches import TARGETS, Compiled, Launch, compile_launches
     from kernel_model import programs_together
     from launch_forms import DTYPES, FEW_ROWS, MANY_ROWS, VOCABULARIES, Form, call_forms
-    from row_code import Piece, row_pieces
+    from row_code import row_pieces
 
     launches = compile_launches(target)
-    pieces: dict[str, list[Piece]] = {}
     kernels: dict[str, Compiled] = {}
     forms: dict[str, list[Form]] = {}
     calls: list[tuple[Form, list[Launch]]] = []
@@ -71,14 +70,14 @@ def rows_of(target: str) -> Iterator[tuple[dict[str, Any], bytes]]:
                     if rows == MANY_ROWS:
                         calls.append((form, list(launches)))
                     launches.clear()
+    pieces = row_pieces(list(kernels.values()), TARGETS[target].gpu.arch)
     for digest, kernel in kernels.items():
-        pieces[digest] = row_pieces(kernel)
         yield (
             {
                 "cubin": f"{kernel.name}-{digest}",
                 **describe(kernel, pieces[digest]),
                 "programs_together": programs_together(kernel),
-                "forms": [_form(form) for form in forms[digest]],
+                "forms": [plain_form(form) for form in forms[digest]],
             },
             kernel.code,
         )
@@ -110,7 +109,7 @@ def _estimates(target: str, form: Any, launched: list[Any], pieces: dict[str, An
             found = estimate(launched, pieces, form.rows, form.vocab, gpu)
             floor = floor_seconds(rowed[-1].kernel, form.rows, form.vocab, writes, gpu)
             yield {
-                **_form(form),
+                **plain_form(form),
                 "gpu": gpu.name,
                 "launches": len(launched),
                 "estimated_seconds": found.seconds,
@@ -120,7 +119,7 @@ def _estimates(target: str, form: Any, launched: list[Any], pieces: dict[str, An
             }
 
 
-def _form(form: Any) -> dict[str, Any]:
+def plain_form(form: Any) -> dict[str, Any]:
     return form._asdict() | {"dtype": str(form.dtype).removeprefix("torch.")}
 
 

@@ -5,8 +5,9 @@ from collections import Counter
 from typing import NamedTuple
 
 from compiled_launches import Compiled
+from disassembly import disassemble
 from instruction_classes import instruction_class, moved_bytes, units
-from sass import Instruction, Moves, innermost_loops, paths_through, read
+from sass import Block, Instruction, Moves, innermost_loops, paths_through, read
 
 # No access of a thread is wider than this on the GPUs that the kernels are written for.
 WIDE_BYTES = 16
@@ -43,11 +44,31 @@ class Piece(NamedTuple):
         return sum(self.instructions.values())
 
 
-def row_pieces(kernel: Compiled) -> list[Piece]:
-    """Return the pieces of a kernel, loops in the order of the code; none of a kernel that goes through no row."""
-    if "VECTOR" not in kernel.constants:
-        return []
-    blocks = read(kernel.disassembly())
+def row_pieces(kernels: list[Compiled], architecture: int) -> dict[str, list[Piece]]:
+    """Return the pieces of each kernel by its digest; none of a kernel that goes through no row."""
+    through_rows = [kernel for kernel in kernels if "VECTOR" in kernel.constants]
+    texts = disassemble([kernel.code for kernel in through_rows], architecture)
+    found: dict[str, list[Piece]] = {kernel.digest: [] for kernel in kernels}
+    for kernel, text in zip(through_rows, texts, strict=True):
+        found[kernel.digest] = _pieces(kernel, read(text))
+    return found
+
+
+def main_piece(pieces: list[Piece], kind: str) -> Piece | None:
+    """Return the piece of this kind that most elements go through: the one with the fewest instructions for each."""
+    return min((piece for piece in pieces if piece.kind == kind), key=lambda piece: piece.total, default=None)
+
+
+def item_bytes(kernel: Compiled) -> tuple[int, int]:
+    """Return the bytes of an element that a kernel reads, and of one that it writes."""
+    read_type, written_type = (
+        next(kernel.types[name] for name in names if name in kernel.types) for names in (_READ, _WRITTEN)
+    )
+    return _ITEM_BYTES[read_type], _ITEM_BYTES[written_type]
+
+
+def _pieces(kernel: Compiled, blocks: list[Block]) -> list[Piece]:
+    """Return the pieces of a kernel, loops in the order of the code."""
     width = _row_width([line for block in blocks for line in block.instructions])
 
     def row_bytes(line: Instruction) -> tuple[int, int]:
@@ -70,19 +91,6 @@ def row_pieces(kernel: Compiled) -> list[Piece]:
         body = pieces_of(paths_through(blocks, None, row_bytes), "body")
         found += [piece for piece in body if piece.kind not in kinds]
     return found
-
-
-def main_piece(pieces: list[Piece], kind: str) -> Piece | None:
-    """Return the piece of this kind that most elements go through: the one with the fewest instructions for each."""
-    return min((piece for piece in pieces if piece.kind == kind), key=lambda piece: piece.total, default=None)
-
-
-def item_bytes(kernel: Compiled) -> tuple[int, int]:
-    """Return the bytes of an element that a kernel reads, and of one that it writes."""
-    read_type, written_type = (
-        next(kernel.types[name] for name in names if name in kernel.types) for names in (_READ, _WRITTEN)
-    )
-    return _ITEM_BYTES[read_type], _ITEM_BYTES[written_type]
 
 
 def _row_width(lines: list[Instruction]) -> int:

@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]+)\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.a-z]*)\s*(.*?)\s*;")
-_LABEL = re.compile(r"^(\.L_\w+):")
-_TARGET = re.compile(r"`\((\.L_\w+)\)")
+_TARGET = re.compile(r"(?:^|, )0x([0-9a-f]+)$")
 
 
 class Instruction(NamedTuple):
@@ -49,28 +48,22 @@ RowBytes = Callable[[Instruction], tuple[int, int]]
 
 
 def read(text: str) -> list[Block]:
-    """Return the basic blocks of the output of `nvdisasm -c`, in the order of the code."""
-    lines: list[Instruction] = []
-    labels: dict[str, int] = {}
-    for line in text.splitlines():
-        if label := _LABEL.match(line):
-            labels[label[1]] = len(lines)
-        elif found := _INSTRUCTION.match(line):
-            lines.append(Instruction((found[2] or "").strip(), found[3], found[4]))
-    ends = [i + 1 for i, line in enumerate(lines) if _leaves(line)]
-    starts = sorted({0, *ends, *labels.values()} - {len(lines)})
-    numbers = {start: number for number, start in enumerate(starts)}
+    """Return the basic blocks of what `disassemble` returns of a kernel, in the order of the code."""
+    found = [line for line in map(_INSTRUCTION.match, text.splitlines()) if line]
+    lines = [Instruction((line[2] or "").strip(), line[3], line[4]) for line in found]
+    positions = {int(line[1], 16): i for i, line in enumerate(found)}
     waiting = {line.operands.partition(",")[0]: line for line in lines if line.name == "BSSY"}
+    targets = {i: positions[target] for i, line in enumerate(lines) if (target := _target(line, waiting)) in positions}
+    ends = [i + 1 for i, line in enumerate(lines) if _leaves(line)]
+    starts = sorted({0, *ends, *targets.values()} - {len(lines)})
+    numbers = {start: number for number, start in enumerate(starts)}
     blocks = []
     for start, stop in zip(starts, [*starts[1:], len(lines)], strict=True):
         last = lines[stop - 1]
-        following = [] if stop == len(lines) or _always_leaves(last) else [numbers[stop]]
-        # A BSYNC goes on where its BSSY says.
-        source = waiting.get(last.operands) if last.name == "BSYNC" else last
-        target = _TARGET.search(source.operands) if source and source.name in ("BRA", "BSSY") else None
-        if target and last.name in ("BRA", "BSYNC") and labels[target[1]] in numbers:
-            following.append(numbers[labels[target[1]]])
-        blocks.append(Block(lines[start:stop], sorted(set(following)), last.name == "EXIT"))
+        successors = set() if stop == len(lines) or _always_leaves(last) else {numbers[stop]}
+        if stop - 1 in targets:
+            successors.add(numbers[targets[stop - 1]])
+        blocks.append(Block(lines[start:stop], sorted(successors), last.name == "EXIT"))
     return blocks
 
 
@@ -130,13 +123,20 @@ def paths_through(blocks: list[Block], loop: Loop | None, row_bytes: RowBytes) -
     return found
 
 
+def _target(line: Instruction, waiting: dict[str, Instruction]) -> int | None:
+    """Return the address that a branch goes to; a BSYNC goes on where its BSSY says."""
+    source = waiting.get(line.operands) if line.name == "BSYNC" else line if line.name == "BRA" else None
+    found = _TARGET.search(source.operands) if source else None
+    return int(found[1], 16) if found else None
+
+
 def _leaves(line: Instruction) -> bool:
     return line.name in ("BRA", "EXIT", "RET", "BRX", "JMP", "BREAK", "BSYNC")
 
 
 def _always_leaves(line: Instruction) -> bool:
     """Whether the next instruction cannot follow: a branch may have its condition as a guard or as an operand."""
-    conditional = line.guard not in ("", "@PT", "@UPT") or (line.name == "BRA" and not line.operands.startswith("`"))
+    conditional = line.guard not in ("", "@PT", "@UPT") or (line.name == "BRA" and not line.operands.startswith("0x"))
     return line.name in ("BRA", "EXIT", "RET", "BRX", "JMP") and not conditional
 
 
