@@ -40,7 +40,7 @@ def main() -> None:
     os.environ.pop("TRITON_INTERPRET", None)
     where = machine(torch.device("cpu"))
     for row, code in rows_of(targets[0]):
-        append_row(file, {"benchmark": "machine_code", "target": targets[0], **row, "machine": where})
+        append_row(file, {"benchmark": "machine_code", "device": targets[0], **row, "machine": where})
         if code:
             (options.out / "cubins" / f"{row['cubin']}.cubin").write_bytes(code)
         print(_line(row), flush=True)
@@ -54,7 +54,7 @@ def rows_of(target: str) -> Iterator[tuple[dict[str, Any], bytes]]:
     from compiled_launches import TARGETS, Compiled, Launch, compile_launches
     from kernel_model import programs_together
     from launch_forms import DTYPES, FEW_ROWS, MANY_ROWS, VOCABULARIES, Form, call_forms
-    from row_code import row_pieces
+    from row_code import dtype_name, row_pieces
 
     launches = compile_launches(target)
     kernels: dict[str, Compiled] = {}
@@ -77,7 +77,8 @@ def rows_of(target: str) -> Iterator[tuple[dict[str, Any], bytes]]:
                 "cubin": f"{kernel.name}-{digest}",
                 **describe(kernel, pieces[digest]),
                 "programs_together": programs_together(kernel),
-                "forms": [plain_form(form) for form in forms[digest]],
+                "dtype": dtype_name(kernel),
+                "used_by": _uses(forms[digest]),
             },
             kernel.code,
         )
@@ -117,6 +118,18 @@ def _estimates(target: str, form: Any, launched: list[Any], pieces: dict[str, An
                 "floor": "copy" if writes else "read",
                 "limit": found.limit,
             }
+
+
+def _uses(forms: list[Any]) -> list[dict[str, Any]]:
+    """Return the forms with the vocabularies of equal calls in one."""
+    found: dict[tuple[str, int, bool], list[int]] = {}
+    for form in forms:
+        vocabs = found.setdefault((form.call, form.rows, form.plain), [])
+        if form.vocab not in vocabs:
+            vocabs.append(form.vocab)
+    return [
+        {"call": call, "rows": rows, "plain": plain, "vocabs": vocabs} for (call, rows, plain), vocabs in found.items()
+    ]
 
 
 def plain_form(form: Any) -> dict[str, Any]:

@@ -7,11 +7,12 @@ from typing import NamedTuple
 from compiled_launches import Compiled
 from disassembly import disassemble
 from instruction_classes import instruction_class, moved_bytes, units
-from sass import Block, Instruction, Moves, innermost_loops, paths_through, read
+from sass import Block, Instruction, Moves, loops, paths_through, read
 
 # No access of a thread is wider than this on the GPUs that the kernels are written for.
 WIDE_BYTES = 16
 _ITEM_BYTES = {"*fp32": 4, "*bf16": 2, "*fp16": 2}
+_DTYPES = {"*fp32": "float32", "*bf16": "bfloat16", "*fp16": "float16"}
 # Of the first argument that a kernel has of these, the elements are counted; the second writes as many.
 _READ, _WRITTEN = ("logits", "gradient"), ("out", "gradient", "logits")
 _KINDS: dict[Moves, str] = {(True, False): "reads", (True, True): "writes", (False, True): "clears"}
@@ -82,15 +83,21 @@ def _pieces(kernel: Compiled, blocks: list[Block]) -> list[Piece]:
             if moves in _KINDS
         ]
 
-    found = [
-        piece for loop in innermost_loops(blocks) for piece in pieces_of(paths_through(blocks, loop, row_bytes), "loop")
-    ]
-    # Beside a loop, the same without one is its end; and narrow accesses outside a loop are those of a row's results.
-    if not found or width >= WIDE_BYTES:
-        kinds = {piece.kind for piece in found}
-        body = pieces_of(paths_through(blocks, None, row_bytes), "body")
-        found += [piece for piece in body if piece.kind not in kinds]
+    found: list[Piece] = []
+    for loop in (*loops(blocks), None):
+        within = loop is not None and loop.innermost
+        # Around a loop, narrow accesses are those of a row's results, and wide ones like the loop's are its end.
+        if found and width < WIDE_BYTES and not within:
+            break
+        kinds = set() if within else {piece.kind for piece in found}
+        paths = paths_through(blocks, loop, row_bytes)
+        found += [piece for piece in pieces_of(paths, "loop" if loop else "body") if piece.kind not in kinds]
     return found
+
+
+def dtype_name(kernel: Compiled) -> str:
+    """Return the dtype of what a kernel reads, "" where that is no row."""
+    return next((_DTYPES[kernel.types[name]] for name in _READ if name in kernel.types), "")
 
 
 def _row_width(lines: list[Instruction]) -> int:

@@ -35,10 +35,11 @@ class Block(NamedTuple):
 
 
 class Loop(NamedTuple):
-    """An innermost loop: the number of its first block, and the numbers of all its blocks."""
+    """A loop: the number of its first block, the numbers of all its blocks, and whether it contains no other loop."""
 
     header: int
     blocks: frozenset[int]
+    innermost: bool
 
 
 # What a path moves of rows: whether it loads and whether it stores.
@@ -52,23 +53,22 @@ def read(text: str) -> list[Block]:
     found = [line for line in map(_INSTRUCTION.match, text.splitlines()) if line]
     lines = [Instruction((line[2] or "").strip(), line[3], line[4]) for line in found]
     positions = {int(line[1], 16): i for i, line in enumerate(found)}
-    waiting = {line.operands.partition(",")[0]: line for line in lines if line.name == "BSSY"}
-    targets = {i: positions[target] for i, line in enumerate(lines) if (target := _target(line, waiting)) in positions}
+    targets = _targets(lines, positions)
     ends = [i + 1 for i, line in enumerate(lines) if _leaves(line)]
     starts = sorted({0, *ends, *targets.values()} - {len(lines)})
     numbers = {start: number for number, start in enumerate(starts)}
     blocks = []
     for start, stop in zip(starts, [*starts[1:], len(lines)], strict=True):
         last = lines[stop - 1]
-        successors = set() if stop == len(lines) or _always_leaves(last) else {numbers[stop]}
-        if stop - 1 in targets:
-            successors.add(numbers[targets[stop - 1]])
+        successors = {numbers[targets[stop - 1]]} if stop - 1 in targets else set()
+        if stop < len(lines) and not _always_leaves(last):
+            successors.add(numbers[stop])
         blocks.append(Block(lines[start:stop], sorted(successors), last.name == "EXIT"))
     return blocks
 
 
-def innermost_loops(blocks: list[Block]) -> list[Loop]:
-    """Return the loops that contain no other loop, in the order of the code."""
+def loops(blocks: list[Block]) -> list[Loop]:
+    """Return the loops, those that contain no other loop first, in the order of the code."""
     dominators = _dominators(blocks)
     predecessors: dict[int, list[int]] = {}
     for i in dominators:
@@ -83,14 +83,18 @@ def innermost_loops(blocks: list[Block]) -> list[Loop]:
                 if block not in body:
                     body.add(block)
                     new += predecessors.get(block, [])
-    loops = [Loop(header, frozenset(body)) for header, body in sorted(found.items()) if not _idle(blocks, body)]
-    return [loop for loop in loops if not any(other.header in loop.blocks for other in loops if other != loop)]
+    found = {header: body for header, body in sorted(found.items()) if not _idle(blocks, body)}
+    around = [
+        Loop(header, frozenset(body), not any(other in body for other in found if other != header))
+        for header, body in found.items()
+    ]
+    return sorted(around, key=lambda loop: (not loop.innermost, len(loop.blocks) if not loop.innermost else 0))
 
 
 def paths_through(blocks: list[Block], loop: Loop | None, row_bytes: RowBytes) -> dict[Moves, list[Instruction]]:
     """Return the path of one iteration, or of the whole kernel, for each combination of what a path may move.
 
-    Of the whole kernel, every loop is passed through once.
+    A loop inside, or one of the whole kernel, is passed through once.
     """
     start = loop.header if loop else 0
     dominators = _dominators(blocks)
@@ -123,11 +127,21 @@ def paths_through(blocks: list[Block], loop: Loop | None, row_bytes: RowBytes) -
     return found
 
 
-def _target(line: Instruction, waiting: dict[str, Instruction]) -> int | None:
-    """Return the address that a branch goes to; a BSYNC goes on where its BSSY says."""
-    source = waiting.get(line.operands) if line.name == "BSYNC" else line if line.name == "BRA" else None
-    found = _TARGET.search(source.operands) if source else None
-    return int(found[1], 16) if found else None
+def _targets(lines: list[Instruction], positions: dict[int, int]) -> dict[int, int]:
+    """Return where each branch goes, by the number of its instruction; `positions` are the numbers by address."""
+    waiting: dict[str, str] = {}
+    targets = {}
+    for i, line in enumerate(lines):
+        if line.name == "BSSY":
+            barrier, _, _ = line.operands.partition(",")
+            waiting[barrier] = line.operands
+        # A BSYNC goes on where its BSSY says, which is often the BSYNC itself or what follows.
+        operands = {"BRA": line.operands, "BSYNC": waiting.get(line.operands, "")}.get(line.name, "")
+        found = _TARGET.search(operands)
+        position = positions.get(int(found[1], 16)) if found else None
+        if position is not None and not (line.name == "BSYNC" and position in (i, i + 1)):
+            targets[i] = position
+    return targets
 
 
 def _leaves(line: Instruction) -> bool:
