@@ -2,8 +2,8 @@
 
 Of each suite, the latest run on the CPU and the latest on a GPU count. README.md gets the ranges over all measured
 shapes as sentences, between the markers <!-- benchmark:ranges --> and <!-- /benchmark:ranges -->, and as a table,
-between the markers of benchmark:summary. docs/benchmarks.md gets the tables in full, between those of benchmark:tables, and between those of
-benchmark:machine-code what benchmarks/machine_code.py read and estimated, if there are rows of it.
+between the markers of benchmark:summary. docs/benchmarks.md gets the tables in full, between those of benchmark:tables;
+and between those of benchmark:machine-code, where there are rows of it, what benchmarks/machine_code.py read.
 Rows of a checkout with uncommitted changes are refused, because nobody could check out what they measured.
 """
 
