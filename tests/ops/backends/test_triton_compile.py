@@ -132,7 +132,7 @@ def test_programs_of_long_rows_have_a_multiprocessor_to_themselves(compiled, tar
     # Two of them would put twice as many rows into the second-level cache as it holds.
     # float32 is read from memory twice either way from 380 KB a row on.
     rows = [r for r in compiled[target] if r["kernel"] == "entropy_gradient_kernel" and r["num_warps"] == 32]
-    rows = [r for r in rows if "'logits': '*fp32'" not in r["arguments"]]
+    rows = [r for r in rows if r["arguments"]["logits"] != "*fp32"]
     assert rows
     shared = [describe(row) for row in rows if 2 * row["registers"] * 32 * 32 <= REGISTERS_PER_MULTIPROCESSOR]
     assert not shared, "\n".join(shared)
