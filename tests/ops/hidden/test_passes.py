@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from em_kernels.ops import backend, types
-from em_kernels.ops.hidden import chunks, matmul, passes
+from em_kernels.ops.hidden import chunks, gradients, matmul, passes
 from em_kernels.ops.hidden.chunks import rows_of_a_chunk, whole_tiles
 from em_kernels.ops.hidden.head import Chunking, Head
 from em_kernels.ops.sharded import Place
@@ -220,6 +220,24 @@ def test_the_memory_of_the_chunks_is_free_before_the_narrow_weight_gradient_is_a
     with gpu, AtTheEnd():
         case.loss_and_gradients(8)
     assert alive == [[False, False]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_what_is_rounded_down_to_the_tolerance_is_not_left_out(dtype):
+    """Numbers next to the tolerance on both sides, and subnormal ones, each in a row and a column of its own."""
+    for size in (1e-3, 3e-7):
+        tolerance = torch.tensor(size)
+        unrounded = torch.diag(size * torch.linspace(0.5, 1.2, 401))
+        active = gradients._active(unrounded.to(dtype), tolerance)
+        assert active is not None
+        for kept in active:
+            left_out = torch.ones(401, dtype=torch.bool)
+            left_out[kept] = False
+            assert unrounded.diagonal()[left_out].max() <= tolerance
+            assert 0 < len(kept) < 401
+    # Well below the tolerance nothing is kept.
+    rows, columns = gradients._active(torch.full((4, 4), 9e-4).to(dtype), torch.tensor(1e-3))
+    assert len(rows) == len(columns) == 0
 
 
 @pytest.mark.parametrize("actual", [0, 5, 7])
