@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from em_kernels.ops import backend, types
 from em_kernels.ops.hidden import chunks, gradients, matmul, passes
-from em_kernels.ops.hidden.chunks import rows_of_a_chunk, whole_tiles
+from em_kernels.ops.hidden.chunks import padded, rows_of_a_chunk, rows_of_a_part, rows_that_fit
 from em_kernels.ops.hidden.head import Chunking, Head
 from em_kernels.ops.sharded import Place
 from em_kernels.ops.types import Divisor, Needs, Temperature, Upstream, Wanted
@@ -173,9 +173,10 @@ def test_nothing_as_large_as_the_weight_is_cleared_scaled_or_copied(gpu):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("softcap", [None, 5.0], ids="cap {}".format)
-@pytest.mark.parametrize("chunk_size", [5, 100], ids="chunks of {}".format)
+@pytest.mark.parametrize("chunk_size", [5, 16, 100], ids="chunks of {}".format)
 @pytest.mark.parametrize("counted", [False, True], ids=["masked", "counted"])
 def test_results_are_those_of_the_cpu(gpu, reduced_precision, dtype, softcap, chunk_size, counted, monkeypatch):
+    monkeypatch.setattr(chunks, "_SMALLEST_PART", 3)
     case = Case.draw(dtype, bias=True, softcap=softcap)
     with gpu:
         actual = case.loss_and_gradients(chunk_size, int(case.mask.sum()) if counted else None)
@@ -203,10 +204,10 @@ def test_the_memory_of_the_chunks_is_free_before_the_narrow_weight_gradient_is_a
     scratch, alive = [], []
     original = chunks.Chunks.logits
 
-    def logits(self, h):
-        z = original(self, h)
+    def logits(self, part):
+        z = original(self, part)
         if not scratch:
-            scratch.extend(weakref.ref(memory.untyped_storage()) for memory in (z, self.memory_for_gradient(z)))
+            scratch.extend(weakref.ref(memory.untyped_storage()) for memory in (z, self.gradient(part)))
         return z
 
     class AtTheEnd(TorchDispatchMode):
@@ -276,7 +277,36 @@ def test_chunks_are_equal_and_fill_waves(rows, dim, most, expected):
 
 
 @pytest.mark.parametrize(
-    ("rows", "dim", "expected"), [(2730, 4096, 2048), (2730, 576, 2688), (100, 4096, 100), (1, 16, 1)]
+    ("rows", "expected"),
+    [(100, 100), (256, 256), (512, 256), (1000, 256), (1152, 256), (4096, 1024), (2688, 640), (1, 1)],
 )
-def test_whole_tiles(rows, dim, expected):
-    assert whole_tiles(rows, dim) == expected
+def test_rows_of_a_part(rows, expected):
+    assert rows_of_a_part(rows) == expected
+
+
+@pytest.mark.parametrize("gradient", [0, 2], ids=["in place", "narrower"])
+@pytest.mark.parametrize(("vocab", "dim"), [(131072, 4096), (151936, 896), (262144, 640), (32000, 8192), (50257, 64)])
+@pytest.mark.parametrize("scratch", [32 << 20, 512 << 20, 2 << 30])
+def test_a_chunk_is_as_large_as_its_memory_allows(scratch, vocab, dim, gradient):
+    def memory(rows: int) -> int:
+        of_logits = rows_of_a_part(rows) if gradient else rows
+        return padded(vocab) * (4 * of_logits + gradient * rows) + 4 * dim * rows
+
+    rows = rows_that_fit(scratch, vocab, dim, logits=4, gradient=gradient, product=4)
+    assert memory(rows) <= scratch
+    # A wave is at most 1.25 times as many rows, or where it is more than fit, a tile more.
+    wave = next(multiple for multiple in chunks._multiples(dim) if multiple <= rows)
+    assert memory(rows + wave + 4 * 128) > scratch
+    assert rows % wave == 0
+
+
+def test_logits_are_made_in_parts_where_their_gradient_is_narrower(gpu, monkeypatch):
+    monkeypatch.setattr(chunks, "_SMALLEST_PART", 3)
+    case = Case.draw(torch.bfloat16)
+    for chunk_size, rounded in ((12, torch.float32), (12, torch.bfloat16)):
+        gpu.launches.clear()
+        with gpu:
+            case._replace(head=case.head._replace(logits_dtype=rounded)).loss_and_gradients(chunk_size)
+        # Two chunks, of four parts each unless their gradient is made in place.
+        assert gpu.launches.count("entropy_with_gradient") == (8 if rounded == torch.float32 else 2)
+        assert gpu.launches.count("addmm") == 1
