@@ -52,8 +52,9 @@ def linear_entropy_loss(
         reduction: "mean" = sum(w H) / sum(w), "sum" = sum(w H), or "none" = w H. A mean over no tokens is 0.
         num_items_in_batch: an int or a tensor of one element that replaces sum(w) as the divisor of "mean"; 0 leaves
             the sum.
-        chunk_size: tokens whose logits, or the gradient of these, are held at a time, the same on every rank that shares
-            the vocabulary; None takes what fits into the scratch memory (below), and 512 with a sharded vocabulary.
+        chunk_size: tokens whose logits, or the gradient of these, are held at a time, the same on every rank that
+            shares the vocabulary; None takes what fits into the scratch memory (below), and 512 with a sharded
+            vocabulary.
         grad_tolerance: entries of the logits' gradient, before the division by sum(w), that may be left out of the
             gradients; see below. 0 leaves out nothing.
         logits_dtype: None and torch.float32 keep the float32 result of a 16-bit matmul unrounded. The dtype of 16-bit

@@ -300,6 +300,19 @@ def test_a_chunk_is_as_large_as_its_memory_allows(scratch, vocab, dim, gradient)
     assert rows % wave == 0
 
 
+@pytest.mark.parametrize(
+    ("scratch", "vocab", "dim", "expected"),
+    [
+        (4 * 131072 * 4096, 131072, 4096, 5120),  # quarters of 1280, five waves
+        (512 << 20, 262144, 640, 384),  # parts of 256
+        (128 << 20, 131072, 4096, 128),  # a tile, in one part
+        (1 << 20, 131072, 4096, 1),
+    ],
+)
+def test_rows_that_fit(scratch, vocab, dim, expected):
+    assert rows_that_fit(scratch, vocab, dim, logits=4, gradient=2, product=4) == expected
+
+
 def test_logits_are_made_in_parts_where_their_gradient_is_narrower(gpu, monkeypatch):
     monkeypatch.setattr(chunks, "_SMALLEST_PART", 3)
     case = Case.draw(torch.bfloat16)
