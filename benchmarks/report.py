@@ -2,7 +2,8 @@
 
 Of each suite, the latest run on the CPU and the latest on a GPU count. README.md gets the ranges over all measured
 shapes as sentences, between the markers <!-- benchmark:ranges --> and <!-- /benchmark:ranges -->, and as a table,
-between the markers of benchmark:summary. docs/benchmarks.md gets the tables in full, between those of benchmark:tables.
+between the markers of benchmark:summary. docs/benchmarks.md gets the tables in full, between those of benchmark:tables;
+and between those of benchmark:machine-code, where there are rows of it, what benchmarks/machine_code.py read.
 Rows of a checkout with uncommitted changes are refused, because nobody could check out what they measured.
 """
 
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from full_tables import full_tables
+from machine_code_tables import machine_code_tables
 from options import SUITES
 from plots import plot
 from stored_rows import Row, latest_run, read
@@ -54,6 +56,8 @@ def main() -> None:
         for name in ("ranges", "summary"):
             readme = insert(readme, name, parts[name], options.readme)
         docs = insert(options.docs.read_text(), "tables", parts["tables"], options.docs)
+        if machine_code := machine_code_tables(latest_machine_code(options.results)):
+            docs = insert(docs, "machine-code", machine_code, options.docs)
     except ValueError as error:
         parser.error(str(error))
     for kind, suites in runs.items():
@@ -71,9 +75,7 @@ def latest_runs(results: Path) -> dict[str, dict[str, list[Row]]]:
         raise ValueError(f"--results is {results}, which holds no rows of {', '.join(SUITES)}")
     for kind, suites in runs.items():
         for suite, found in suites.items():
-            if found and (found[0]["machine"]["dirty"] or not found[0]["machine"]["commit"]):
-                when = f"{suite} on the {kind}, of {found[0]['machine']['time']}"
-                raise ValueError(f"the latest rows of {when}, are of no commit: commit all changes, measure again")
+            _refuse_without_commit(found, f"{suite} on the {kind}")
             if found and found[0].get("size") == "tiny":
                 raise ValueError(f"the latest rows of {suite} on the {kind} are of size tiny, which measures nothing")
         surroundings = {
@@ -86,6 +88,22 @@ def latest_runs(results: Path) -> dict[str, dict[str, list[Row]]]:
                 f"the latest rows on the {kind} are of different machines or versions: {sorted(surroundings)}"
             )
     return runs
+
+
+def latest_machine_code(results: Path) -> dict[str, list[Row]]:
+    """Return the rows on machine code by what it was compiled for; ValueError says which cannot be reported."""
+    rows = read(results)
+    targets = sorted({row["device"] for row in rows if row["benchmark"] == "machine_code"}, key=len)
+    runs = {target: latest_run(rows, "machine_code", target) for target in targets}
+    for target, found in runs.items():
+        _refuse_without_commit(found, f"machine_code for {target}")
+    return runs
+
+
+def _refuse_without_commit(rows: list[Row], name: str) -> None:
+    if rows and (rows[0]["machine"]["dirty"] or not rows[0]["machine"]["commit"]):
+        when = f"{name}, of {rows[0]['machine']['time']}"
+        raise ValueError(f"the latest rows of {when}, are of no commit: commit all changes, measure again")
 
 
 def _filled(text: str) -> str:

@@ -40,19 +40,19 @@ def check(implementation, logits, mask=None, upstream=1.0, inplace_backward=Fals
     return loss.detach(), logits.grad
 
 
-@pytest.fixture(params=["program a row", "split rows"])
-def rows_split(request, monkeypatch, implementation):
-    """Whether the Triton launcher splits rows over programs, as it does for a few long ones."""
-    if request.param == "split rows":
+@pytest.fixture(params=["sums first", "a row ahead"])
+def lag(request, monkeypatch, implementation):
+    """How far the Triton kernel's sums run ahead of its gradients: all rows, or one."""
+    if request.param == "a row ahead":
         if implementation.name != "triton":
-            pytest.skip("only the Triton launcher splits rows")
-        monkeypatch.setattr(backend.implementation("triton"), "_SHORT_ROW_BYTES", 0)
+            pytest.skip("only the Triton kernel has a lag")
+        monkeypatch.setattr(backend.implementation("triton"), "_LAG_BYTES", 1)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("vocab", VOCABS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=names)
-def test_loss_and_gradient(implementation, rows_split, dtype, vocab, reduction):
+def test_loss_and_gradient(implementation, lag, dtype, vocab, reduction):
     implementation.skip_dtype(dtype)
     logits = make_logits(implementation, 2, 3, vocab, dtype=dtype)
     upstream = torch.randn(2, 3).to(implementation.device) if reduction == "none" else 1.0
@@ -91,7 +91,7 @@ def test_a_constant_added_to_a_row_changes_nothing_but_rounding(implementation, 
 @pytest.mark.parametrize("kind", ["bool", "int64", "uint8", "float32", "float64", "weights"])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("garbage", [NAN, INF, -INF, 3e38])
-def test_masked_tokens_are_not_read(implementation, rows_split, kind, reduction, garbage):
+def test_masked_tokens_are_not_read(implementation, lag, kind, reduction, garbage):
     keep = torch.tensor([[1, 0, 1], [0, 1, 1]])
     mask = keep * torch.rand(2, 3) * 5 if kind == "weights" else keep.to(getattr(torch, kind))
     mask = mask.to(implementation.device)
@@ -136,7 +136,7 @@ def test_num_items_in_batch_replaces_the_divisor(implementation, as_tensor, mask
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("as_tensor", [False, True], ids=["int", "tensor"])
 @pytest.mark.parametrize("kind", ["no mask", "some", "nothing"])
-def test_a_divisor_of_0_leaves_the_sum(implementation, rows_split, kind, as_tensor, requires_grad):
+def test_a_divisor_of_0_leaves_the_sum(implementation, lag, kind, as_tensor, requires_grad):
     # A micro-batch of a batch without tokens: its count arrives on the device, where it cannot be looked at.
     logits = make_logits(implementation, 2, 3, 50)
     keep = {"no mask": None, "some": torch.tensor([[1, 0, 1], [1, 1, 0]]), "nothing": torch.zeros(2, 3)}[kind]
@@ -176,7 +176,7 @@ def test_micro_batches_add_up_to_the_batch(implementation):
     ids=lambda x: x if isinstance(x, str) else "",
 )
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_strides(implementation, rows_split, name, view, reduction):
+def test_strides(implementation, lag, name, view, reduction):
     check(implementation, view(make_logits(implementation, 3, 4, 120)), reduction=reduction)
 
 
@@ -195,7 +195,7 @@ def test_few_tokens(implementation, shape, reduction):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_banned_tokens_contribute_nothing(implementation, rows_split, reduction):
+def test_banned_tokens_contribute_nothing(implementation, lag, reduction):
     logits = make_logits(implementation, 4, 9000)
     logits[0, :8999] = -INF  # all but the last
     logits[1, ::2] = -INF
@@ -205,7 +205,7 @@ def test_banned_tokens_contribute_nothing(implementation, rows_split, reduction)
 
 
 @pytest.mark.parametrize("bad", [NAN, INF, "all -inf"])
-def test_rows_without_a_distribution_are_nan_and_spare_the_others(implementation, rows_split, bad):
+def test_rows_without_a_distribution_are_nan_and_spare_the_others(implementation, lag, bad):
     logits = make_logits(implementation, 3, 9000)
     if bad == "all -inf":
         logits[1] = -INF
@@ -236,7 +236,7 @@ def test_one_hot_rows(implementation, scale):
         assert (gradient == 0).all()
 
 
-def test_almost_one_hot_rows_keep_the_relative_accuracy_of_their_gradient(implementation, rows_split):
+def test_almost_one_hot_rows_keep_the_relative_accuracy_of_their_gradient(implementation, lag):
     # log s is 2e-9 there, which float32 cannot tell from 0; the gradient is of the order of the entropy, 4e-8.
     logits = torch.full((2, 50), -24.0, device=implementation.device)
     logits[:, 7] = 0.0
@@ -257,7 +257,7 @@ def test_gradient_rows_sum_to_0(implementation):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_two_runs_agree_bit_for_bit(implementation, rows_split, reduction):
+def test_two_runs_agree_bit_for_bit(implementation, lag, reduction):
     logits = make_logits(implementation, 5, 9000)
     first, second = (check(implementation, logits, reduction=reduction) for _ in range(2))
     assert torch.equal(first[0], second[0])
@@ -266,7 +266,7 @@ def test_two_runs_agree_bit_for_bit(implementation, rows_split, reduction):
 
 @pytest.mark.parametrize("upstream", [0.0, -3.0, 65536.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=names)
-def test_upstream_gradient_of_the_mean(implementation, rows_split, dtype, upstream):
+def test_upstream_gradient_of_the_mean(implementation, lag, dtype, upstream):
     implementation.skip_dtype(dtype)
     check(implementation, make_logits(implementation, 2, 3, 500, dtype=dtype), upstream=upstream)
 
@@ -295,7 +295,7 @@ def test_per_token_upstream_gradients(implementation, upstream):
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 @pytest.mark.parametrize(("temperature", "top"), [(0.3, 0.0), (1.0, -30.3), (7.0, 1000.1)])
 def test_two_tokens_have_the_gradient_of_the_logistic_function(
-    implementation, rows_split, temperature, top, reduction, per_row
+    implementation, lag, temperature, top, reduction, per_row
 ):
     # From a toss-up to where the second token is e^-80: it is p q x / tau, in which nothing cancels, and whose relative
     # error is the absolute one of x; above 64 that of the rounded difference of the logits alone is up to 4e-6.
@@ -316,7 +316,7 @@ def test_two_tokens_have_the_gradient_of_the_logistic_function(
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("view", ["whole", "shifted"])
-def test_inplace_backward_writes_into_the_logits(implementation, rows_split, reduction, view):
+def test_inplace_backward_writes_into_the_logits(implementation, lag, reduction, view):
     whole = make_logits(implementation, 2, 5, 300)
     logits = whole[:, :-1] if view == "shifted" else whole
     rest = whole[:, -1:].clone()

@@ -21,7 +21,9 @@ class Reduction(NamedTuple):
         """The loss of the rows' entropies, which are 0 where masked; of the tokens' shape with "none"."""
         if tokens.token_weight is not None and tokens.token_weight.is_floating_point():
             entropy = entropy * tokens.token_weight
-        return entropy.view(tokens.shape) if self.name == "none" else self.divisor.divide(entropy.sum())
+        if self.name == "none":
+            return entropy.view(tokens.shape)
+        return self.divisor.known(tokens.token_weight, entropy.dtype).divide(entropy.sum())
 
 
 def reduction_of(name: str, num_items: int | Tensor | None, tokens: Tokens, source: Source) -> Reduction:
@@ -33,7 +35,7 @@ def reduction_of(name: str, num_items: int | Tensor | None, tokens: Tokens, sour
             raise ValueError(f"num_items_in_batch is the divisor of reduction='mean', given with reduction={name!r}")
         return Reduction(name, _given_divisor(num_items, source))
     if name == "mean" and tokens.token_weight is not None:
-        return Reduction(name, Divisor(tokens.token_weight.sum(dtype=source.dtype)))
+        return Reduction(name, Divisor(of_weights=True))
     return Reduction(name, Divisor(number=_at_least_1(source.shape.numel())) if name == "mean" else Divisor())
 
 

@@ -70,7 +70,8 @@ def entropy_with_gradient(
     """The sum over rows of w H / divisor, a scalar, with its gradient made on the way."""
     refuse_unsupported(logits)
     if is_traced(logits):
-        return _entropy_with_gradient_op(logits, token_weight, *divisor, *temperature, backend)[0]
+        divisor = divisor.known(token_weight, statistics_dtype(logits.dtype))
+        return _entropy_with_gradient_op(logits, token_weight, divisor.total, divisor.number, *temperature, backend)[0]
     return _EntropyWithGradient.apply(logits, token_weight, divisor, temperature, backend, inplace_backward)[0]
 
 

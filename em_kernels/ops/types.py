@@ -48,11 +48,19 @@ class Temperature(NamedTuple):
 class Divisor(NamedTuple):
     """What divides a sum over tokens: `total`, a 0-d tensor that stays on its device, times `number`.
 
-    A total of 0 counts as 1, so that the mean over no tokens is 0 and not NaN. `number` is at least 1.
+    With `of_weights` the total is the sum of the token weights, which a backend makes in its own pass, and `total` is
+    None. A total of 0 counts as 1, so that the mean over no tokens is 0 and not NaN. `number` is at least 1.
     """
 
     total: Tensor | None = None
     number: int = 1
+    of_weights: bool = False
+
+    def known(self, token_weight: Tensor | None, dtype: torch.dtype) -> "Divisor":
+        """The same divisor with the sum of the weights as its total, for whoever does not make that sum."""
+        if not self.of_weights or token_weight is None:
+            return self
+        return Divisor(token_weight.sum(dtype=dtype), self.number)
 
     def divide(self, values: Tensor) -> Tensor:
         values = values / self.number
@@ -60,8 +68,9 @@ class Divisor(NamedTuple):
 
     def row_factor(self, like: Tensor, rows: int, token_weight: Tensor | None) -> Tensor:
         """What multiplies the gradient of each row's entropy, w / divisor, in the statistics dtype of `like`."""
-        factor = like.new_ones(rows, dtype=statistics_dtype(like.dtype))
-        return self.divide(factor if token_weight is None else factor * token_weight)
+        dtype = statistics_dtype(like.dtype)
+        factor = like.new_ones(rows, dtype=dtype)
+        return self.known(token_weight, dtype).divide(factor if token_weight is None else factor * token_weight)
 
 
 class Wanted(NamedTuple):

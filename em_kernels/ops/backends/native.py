@@ -82,6 +82,7 @@ def entropy_with_gradient(
 ) -> Tensor:
     is_bool = token_weight is not None and token_weight.dtype == torch.bool
     kept_and_weight = (token_weight, None) if is_bool else (None, token_weight)
+    divisor = divisor.known(token_weight, torch.float32)
     # 0 counts as 1.
     total = 1.0 if divisor.total is None else divisor.total.item() or 1.0
     loss = logits.new_empty(())

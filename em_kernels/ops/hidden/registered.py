@@ -40,7 +40,9 @@ def entropy_with_gradient(
     """The sum over rows of w H / divisor, a scalar, with the gradients of hidden, weight and bias made on the way."""
     refuse_unsupported(hidden, head.weight, head.bias)
     needs = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in (hidden, head.weight, head.bias)]
-    return _entropy_op(hidden, *head, token_weight, *divisor, *temperature, *chunking, needs, *place)[0]
+    # A chunk has some of the weights only, so their sum is made here.
+    total, number, _ = divisor.known(token_weight, statistics_dtype(hidden.dtype))
+    return _entropy_op(hidden, *head, token_weight, total, number, *temperature, *chunking, needs, *place)[0]
 
 
 def row_statistics(

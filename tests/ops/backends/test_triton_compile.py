@@ -1,10 +1,14 @@
-"""Every Triton kernel compiles for every target in every form its launchers choose, within limits, without spills."""
+"""Every Triton kernel compiles for every target in every form its launchers choose, and its machine code keeps limits.
+
+The limits on the code that goes through rows are those at which it no longer waits for anything but memory.
+"""
 
 import concurrent.futures
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -29,6 +33,21 @@ NVIDIA = [target for target in SHARED_LIMIT if target.startswith("cuda")]
 REGISTERS_PER_MULTIPROCESSOR = 65536
 
 
+# The machine code is read for these.
+READ = ("cuda:90", "cuda:100")
+# Instructions for each element of the kernel that reads a row and then writes its gradient, both together, by the bytes
+# of an element.
+MOST_INSTRUCTIONS = {2: 18, 4: 42}
+# Three programs of this many warps share a multiprocessor if a thread has no more registers than this.
+SHARING_WARPS, SHARING_REGISTERS = 16, 40
+# An odd vocabulary and one that is a multiple of 8 are rows of the same length here, within a fifth.
+ODD, EVEN = 128_257, 151_936
+# The loops of an odd vocabulary may have these many times the instructions, for what finds their ends.
+ODD_ROOM = 1.05
+# The sums of a row's parts are united by every program of this kernel, before its tile.
+UNITES = "split_gradient_kernel"
+
+
 def compile_all(target: str, cache: Path) -> list[dict]:
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "COV_CORE_SOURCE")}
     environment["TRITON_CACHE_DIR"] = str(cache / target.replace(":", "-"))
@@ -48,7 +67,32 @@ def compiled(tmp_path_factory) -> dict[str, list[dict]]:
 
 
 def describe(row: dict) -> str:
-    return f"{row['kernel']} ({row['num_warps']} warps, {row['arguments']}, {row['constants']}): {row}"
+    shapes = sorted({(form["call"], form["dtype"], form["rows"], form["vocab"]) for form in row["forms"]})
+    return (
+        f"{row['kernel']} ({row['num_warps']} warps, {row['registers']} registers, {row['spill_bytes']} bytes spilled, "
+        f"{row['constants']}): {shapes}"
+    )
+
+
+def pieces(rows: list[dict], holds: Callable[[dict], bool]) -> Iterator[tuple[dict, dict]]:
+    """Yields the kernels of calls of which `holds` is true, with each piece of their code that goes through rows."""
+    found = [(row, piece) for row in rows if any(map(holds, row["forms"])) for piece in row["pieces"]]
+    assert found
+    yield from found
+
+
+def told(row: dict, piece: dict) -> str:
+    return f"{piece['kind']} ({piece['where']}), {piece['instructions']}: {describe(row)}"
+
+
+def accesses(piece: dict) -> dict[int, float]:
+    """Loads and stores for each element, by their width in bytes."""
+    return {int(name.split()[1]): n for name, n in piece["instructions"].items() if name.startswith(("load", "store"))}
+
+
+def main_pieces(row: dict) -> dict[str, dict]:
+    """The pieces by kind: of several of one kind, the one with the fewest instructions, which most elements take."""
+    return {piece["kind"]: piece for piece in sorted(row["pieces"], key=lambda piece: -piece["total"])}
 
 
 @pytest.mark.parametrize("target", SHARED_LIMIT)
@@ -92,3 +136,80 @@ def test_programs_of_long_rows_have_a_multiprocessor_to_themselves(compiled, tar
     assert rows
     shared = [describe(row) for row in rows if 2 * row["registers"] * 32 * 32 <= REGISTERS_PER_MULTIPROCESSOR]
     assert not shared, "\n".join(shared)
+
+
+@pytest.mark.parametrize("target", READ)
+def test_rows_of_a_multiple_of_8_elements_are_read_and_written_16_bytes_at_a_time(compiled, target):
+    narrow = [
+        told(row, piece)
+        for row, piece in pieces(compiled[target], lambda form: form["vocab"] % 8 == 0)
+        # What a program with one tile loads before it is not of the row.
+        if piece["width"] < 16 or (piece["where"] == "loop" and min(accesses(piece)) < 16)
+    ]
+    assert not narrow, "\n".join(narrow)
+
+
+@pytest.mark.parametrize("target", READ)
+def test_threads_exchange_nothing_where_they_go_through_rows(compiled, target):
+    exchanging = [
+        told(row, piece)
+        for row, piece in pieces(compiled[target], lambda form: True)
+        if {"shuffle", "barrier", "shared", "local", "atomic"} & piece["instructions"].keys()
+        if row["kernel"] != UNITES or piece["where"] == "loop"
+    ]
+    assert not exchanging, "\n".join(exchanging)
+
+
+@pytest.mark.parametrize("target", READ)
+def test_the_body_of_an_odd_row_is_that_of_an_even_one(compiled, target):
+    def by_form(vocab: int) -> dict[tuple, dict]:
+        return {
+            (row["kernel"], form["call"], form["dtype"], form["rows"], form["plain"]): row
+            for row in compiled[target]
+            for form in row["forms"]
+            if form["vocab"] == vocab and row["pieces"]
+        }
+
+    odd, even = by_form(ODD), by_form(EVEN)
+    assert odd
+    different = []
+    for form, row in odd.items():
+        expected, found = main_pieces(even[form]), main_pieces(row)
+        for kind, piece in expected.items():
+            if (
+                kind not in found
+                or found[kind]["width"] < piece["width"]
+                or found[kind]["total"] > ODD_ROOM * piece["total"]
+            ):
+                totals = {name: round(piece["total"], 1) for name, piece in found.items()}
+                different.append(f"{form}: {kind} takes {piece['total']:.1f}, of an odd row {totals}")
+    assert not different, "\n".join(different)
+
+
+def fused(rows: list[dict]) -> list[dict]:
+    """The kernels that read a row and write its gradient, with both loops."""
+    found = [row for row in rows if {"reads", "writes"} <= main_pieces(row).keys()]
+    assert found
+    return found
+
+
+@pytest.mark.parametrize("size", MOST_INSTRUCTIONS)
+def test_instructions_for_each_element_of_the_fused_kernel(compiled, size):
+    rows = [
+        row
+        for row in fused(compiled["cuda:90"])
+        if row["arguments"]["logits"].endswith("32") == (size == 4)
+        if any(form["vocab"] % 8 == 0 for form in row["forms"])
+    ]
+    totals = [(sum(main_pieces(row)[kind]["total"] for kind in ("reads", "writes")), row) for row in rows]
+    assert totals
+    too_many = [f"{total:.1f}: {describe(row)}" for total, row in totals if total > MOST_INSTRUCTIONS[size]]
+    assert not too_many, "\n".join(too_many)
+
+
+@pytest.mark.parametrize("target", READ)
+def test_three_programs_of_the_fused_kernel_share_a_multiprocessor(compiled, target):
+    rows = [row for row in fused(compiled[target]) if row["num_warps"] == SHARING_WARPS]
+    assert rows
+    too_many = [describe(row) for row in rows if row["registers"] > SHARING_REGISTERS]
+    assert not too_many, "\n".join(too_many)

@@ -18,9 +18,9 @@ The base is 2 because the hardware has that exponential. The factor log 2 is fol
 c = log2(e) / tau is the sum of a float32 `scale_hi` and of `scale_lo`, which holds what `scale_hi` rounds off. The
 maximum is subtracted before the scaling, so a row's offset costs no precision.
 
-Tiles are (UNROLL, LANES, VECTOR): VECTOR contiguous elements are one 16-byte load of one thread, LANES is the number
-of threads, and UNROLL loads are in flight at once. Sums are kept per lane: a loop over tiles exchanges nothing between
-threads.
+Sums are kept per lane, the logits that one thread loads: a loop over blocks exchanges nothing between threads.
+
+With a softcap c the logits are c tanh(z / c) in place of z, and the gradient is multiplied by 1 - tanh(z / c)^2.
 """
 
 import triton
@@ -33,20 +33,7 @@ _LOG2_E_HI: tl.constexpr = tl.constexpr(1.44269502162933349609375)
 _LOG2_E_LO: tl.constexpr = tl.constexpr(1.92596303350001e-08)
 # 2^-200 is 0 in float32, and (-200) 2^-200 is 0 where (-inf) * 0 is NaN: banned tokens and absent columns count 0.
 _LOWEST_EXPONENT: tl.constexpr = tl.constexpr(-200.0)
-
-
-@triton.jit
-def row_offset(row, inner, outer_stride, inner_stride):
-    """The offset of a row's first element in logits of shape (outer, inner, V), in 64 bits."""
-    return (row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * inner_stride
-
-
-@triton.jit
-def tile_columns(start, LANES: tl.constexpr, UNROLL: tl.constexpr, VECTOR: tl.constexpr):
-    """The columns of the tile that begins at column `start`."""
-    unroll = tl.arange(0, UNROLL)[:, None, None] * (LANES * VECTOR)
-    lane = tl.arange(0, LANES)[None, :, None] * VECTOR
-    return start + unroll + lane + tl.arange(0, VECTOR)[None, None, :]
+_TWO_ULP: tl.constexpr = tl.constexpr(2.0**-22)
 
 
 @triton.jit
@@ -64,24 +51,46 @@ def exponent_scale(row_temperature, common_hi, common_lo, row):
 def exponential(z, m, scale_hi, scale_lo):
     """d = (z - m) / tau in units of log 2, and 2^d: finite for z = -inf, NaN where z is NaN or +inf.
 
-    In a row all but one-hot the gradient is one exponential, and its relative error is the rounding of d. A float32 z
-    therefore has 2^d corrected, to first order, by what rounding lost of z - m and of the product. A 16-bit z needs no
-    correction: its gradient is rounded more coarsely than that.
+    In a row all but one-hot the gradient is one exponential, and its relative error is the rounding of d. 2^d is
+    therefore corrected, to first order, by what rounding lost of z - m and of the product. Where `scale_lo` is None it
+    is not: the gradient of 16-bit logits is rounded more coarsely than that.
     """
     lowest = _LOWEST_EXPONENT / scale_hi
     m = tl.where(m == -float("inf"), 0.0, m)
-    rounded = z.to(tl.float32) - m
-    difference = tl.maximum(rounded, lowest, propagate_nan=tl.PropagateNan.ALL)
-    d = difference * scale_hi
-    e = tl.exp2(d)
-    if z.dtype == tl.float32:
-        back = rounded - z
-        lost = tl.where(rounded > lowest, (z - (rounded - back)) - (m + back), 0.0)
+    if scale_lo is None:
+        d = tl.maximum(z - m, lowest, propagate_nan=tl.PropagateNan.ALL) * scale_hi
+        return d, tl.exp2(d)
+    else:
+        # The bound is put on z, so that what rounding lost of z - m is right at the bound, too. Where m + lowest rounds
+        # to m, the next smaller number is low enough.
+        floor = tl.minimum(m + lowest, m - tl.abs(m) * _TWO_ULP)
+        z = tl.maximum(z, floor, propagate_nan=tl.PropagateNan.ALL)
+        difference = z - m
+        back = difference - z
+        lost = (z - (difference - back)) - (m + back)
+        d = difference * scale_hi
         rest = tl.fma(difference, scale_hi, -d)
         rest = tl.fma(difference, scale_lo, rest)
         rest = tl.fma(lost, scale_hi, rest)
-        e = tl.fma(e * LOG_2, rest, e)
-    return d, e
+        e = tl.exp2(d)
+        return d, tl.fma(e * LOG_2, rest, e)
+
+
+@triton.jit
+def capped(z, softcap):
+    """c tanh(z / c) and its derivative 1 - tanh(z / c)^2; -inf stays a banned token, +inf and NaN stay as they are."""
+    if softcap is None:
+        return z, 1.0
+    else:
+        x = tl.abs(z) / softcap
+        # With q = e^(-2x): tanh x = (1 - q) / (1 + q) and 1 - tanh^2 x = 4 q / (1 + q)^2, neither of which cancels but
+        # the first for small x, where the series to x^9 has float32's accuracy.
+        q = tl.exp2(x * (-2 * LOG2_E))
+        square = x * x
+        series = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
+        tanh = tl.where(x < 0.25, series, (1 - q) / (1 + q))
+        finite = x < float("inf")
+        return tl.where(finite, tl.where(z < 0, -tanh, tanh) * softcap, z), 4 * q / ((1 + q) * (1 + q))
 
 
 @triton.jit
@@ -92,57 +101,54 @@ def empty_sums(LANES: tl.constexpr):
 
 
 @triton.jit
-def lane_sum(tile):
-    """The sum over a tile's elements, of each lane."""
-    return tl.sum(tl.sum(tile, axis=2), axis=0)
-
-
-@triton.jit
 def move(sums, m, scale_hi, scale_lo, SECOND_MOMENT: tl.constexpr, EXTRA: tl.constexpr):
-    """The sums of parts with d measured from m, which is at least every part's maximum; these maxima may be 16-bit."""
+    """The sums of parts with d measured from m, which is at least every part's maximum."""
     own_m, s, a, b, count, sum_d, sum_e2 = sums
     shift, decay = exponential(own_m, m, scale_hi, scale_lo)
     if SECOND_MOMENT:
         b = decay * (b + shift * (2 * a + shift * s))
     if EXTRA:
         # A part without columns has m = -inf and no d to move. A part of banned tokens has d, which become -inf.
-        distance = tl.where(own_m == m, 0.0, own_m.to(tl.float32) - m)
+        distance = tl.where(own_m == m, 0.0, own_m - m)
         sum_d = tl.where(count == 0.0, 0.0, sum_d + count * (distance * scale_hi))
         sum_e2 = decay * decay * sum_e2
     return m, decay * s, decay * (a + shift * s), b, count, sum_d, sum_e2
 
 
 @triton.jit
-def accumulate(sums, z, scale_hi, scale_lo, SECOND_MOMENT: tl.constexpr, EXTRA: tl.constexpr):
-    """The sums of each lane after a tile z is added to them; `count` and `sum_d` leave out every logit of -inf.
+def accumulate(sums, tiles, scale_hi, scale_lo, SECOND_MOMENT: tl.constexpr, EXTRA: tl.constexpr):
+    """The sums of each lane after a tuple of tiles of logits is added to them.
 
-    An absent column is -inf like a banned token, so a tile needs no mask; `row_sums` knows the number of columns.
+    An absent column is -inf like a banned token, so a tile needs no mask: `count` and `sum_d` leave out every logit of
+    -inf, and whoever wants them knows the number of columns.
     """
-    old_m, s, a, b, count, sum_d, sum_e2 = sums
-    m = tl.maximum(old_m, tl.max(tl.max(z, axis=2), axis=0).to(tl.float32))
-    d, e = exponential(z, m[None, :, None], scale_hi, scale_lo)
-    de = d * e
-    # The old maximum takes the logits' dtype: a 16-bit maximum needs no more care than the elements.
-    old = (old_m.to(z.dtype), s, a, b, count, sum_d, sum_e2)
-    m, s, a, b, count, sum_d, sum_e2 = move(old, m, scale_hi, scale_lo, SECOND_MOMENT, EXTRA)
-    a += lane_sum(de)
-    s += lane_sum(e)
-    if SECOND_MOMENT:
-        b += lane_sum(d * de)
-    if EXTRA:
-        # The d of `exponential` is bounded from below, and the sum of d must not be.
-        distance = z.to(tl.float32) - tl.where(m == -float("inf"), 0.0, m)[None, :, None]
-        finite = distance > -float("inf")
-        count += lane_sum(tl.where(finite, 1.0, 0.0))
-        sum_d += lane_sum(tl.where(finite, distance, 0.0)) * scale_hi
-        sum_e2 += lane_sum(e * e)
+    COUNT: tl.constexpr = len(tiles)
+    m = sums[0]
+    for i in tl.static_range(COUNT):
+        m = tl.maximum(m, tl.max(tiles[i], axis=1))
+    m, s, a, b, count, sum_d, sum_e2 = move(sums, m, scale_hi, scale_lo, SECOND_MOMENT, EXTRA)
+    for i in tl.static_range(COUNT):
+        z = tiles[i]
+        d, e = exponential(z, m[:, None], scale_hi, scale_lo)
+        de = d * e
+        s += tl.sum(e, axis=1)
+        a += tl.sum(de, axis=1)
+        if SECOND_MOMENT:
+            b += tl.sum(d * de, axis=1)
+        if EXTRA:
+            # The d of `exponential` is bounded from below, and the sum of d must not be.
+            distance = z - tl.where(m == -float("inf"), 0.0, m)[:, None]
+            finite = distance > -float("inf")
+            count += tl.sum(tl.where(finite, 1.0, 0.0), axis=1)
+            sum_d += tl.sum(tl.where(finite, distance, 0.0), axis=1) * scale_hi
+            sum_e2 += tl.sum(e * e, axis=1)
     return m, s, a, b, count, sum_d, sum_e2
 
 
 @triton.jit
 def unite(sums, scale_hi, scale_lo, SECOND_MOMENT: tl.constexpr, EXTRA: tl.constexpr):
-    """The sums of the whole from vectors of the parts' sums; the parts' maxima may be 16-bit."""
-    m = tl.max(sums[0], axis=0).to(tl.float32)
+    """The sums of the whole from vectors of the parts' sums."""
+    m = tl.max(sums[0], axis=0)
     m, s, a, b, count, sum_d, sum_e2 = move(sums, m, scale_hi, scale_lo, SECOND_MOMENT, EXTRA)
     if SECOND_MOMENT:
         b = tl.sum(b, axis=0)
@@ -180,50 +186,17 @@ def log1p(x):
 
 
 @triton.jit
-def row_sums(
-    logits,
-    start,
-    stop,
-    target,
-    scale_hi,
-    scale_lo,
-    SECOND_MOMENT: tl.constexpr,
-    EXTRA: tl.constexpr,
-    LANES: tl.constexpr,
-    UNROLL: tl.constexpr,
-    VECTOR: tl.constexpr,
-):
-    """The sums over columns [start, stop) of the row at `logits`, without the column `target` unless that is None."""
-    TILE: tl.constexpr = LANES * UNROLL * VECTOR
-    sums = empty_sums(LANES)
-    for column in range(start, stop, TILE):
-        columns = tile_columns(column, LANES, UNROLL, VECTOR)
-        z = tl.load(logits + columns, mask=columns < stop, other=-float("inf"))
-        if target is not None:
-            if (target >= column) & (target < column + TILE):
-                z = tl.where(columns == target, -float("inf"), z.to(tl.float32)).to(z.dtype)
-        sums = accumulate(sums, z, scale_hi, scale_lo, SECOND_MOMENT, EXTRA)
-    m, s, a, b, count, sum_d, sum_e2 = sums
-    lanes = (m.to(logits.dtype.element_ty), s, a, b, count, sum_d, sum_e2)
-    m, s, a, b, count, sum_d, sum_e2 = unite(lanes, scale_hi, scale_lo, SECOND_MOMENT, EXTRA)
-    if EXTRA:
-        width = stop - start
-        if target is not None:
-            width -= ((target >= start) & (target < stop)).to(tl.int32)
-        # The loop counts the columns that are not -inf; the others are banned tokens.
-        banned = (count < width) & (m > -float("inf"))
-        count, sum_d = width.to(tl.float32), tl.where(banned, -float("inf"), sum_d)
-    return m, s, a, b, count, sum_d, sum_e2
-
-
-@triton.jit
 def tile_gradient(z, m, scale_hi, scale_lo, mean_d, constant, linear, quadratic):
-    """2^d (constant + linear u + quadratic u^2) with u = d - mean_d, in units of log 2; `quadratic` None is 0.
+    """2^d (constant + linear u + quadratic u^2) with u = d - mean_d, in units of log 2; what is None is 0.
 
     log s does not appear: it has no relative accuracy in rows that are all but one-hot, and the gradient keeps its own.
     """
     d, e = exponential(z, m, scale_hi, scale_lo)
-    u = d - mean_d
+    # linear u is one fused multiply-add. What rounding costs it is a part of |linear mean_d|, the entry at the maximum.
+    slope = tl.fma(d, linear, -mean_d * linear)
     if quadratic is not None:
-        linear += quadratic * u
-    return e * (linear * u + constant)
+        u = d - mean_d
+        slope = tl.fma(quadratic * u, u, slope)
+    if constant is not None:
+        slope += constant
+    return e * slope

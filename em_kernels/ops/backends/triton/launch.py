@@ -1,12 +1,10 @@
 """The backend in Triton: the launchers, and which kernel serves which call.
 
     row_sums                `partial_sums_kernel`, with rows split over programs where rows are few: one read.
-    row_statistics          `partial_sums_kernel`, `finish_kernel`: one read. The backward needs the logits and `Saved`.
+    row_statistics          the same, which finishes rows that are not split; `finish_kernel` finishes split ones.
     row_gradient            `coefficients_kernel`, `row_gradient_kernel`: one read, one write.
-    entropy_with_gradient   many rows, or short ones: `entropy_gradient_kernel`, a program a row, which passes over it
-                            twice and finds it in the second-level cache the second time: one read and one write of
-                            device memory.
-                            few long rows: `partial_sums_kernel` and `split_gradient_kernel`, a row split over programs.
+    entropy_with_gradient   `entropy_gradient_kernel`: one read and one write of device memory, and one more read of the
+                            second-level cache.
     scale_                  `scale_kernel`: one read of the factor, and where that is not 1, a read and a write of all.
 
 All sums are float32, logits float32, bfloat16 or float16. Reductions have a fixed order: results repeat bit for bit.
@@ -21,66 +19,80 @@ import torch
 import triton
 from torch import Tensor
 
-from em_kernels.ops.backends.triton import loss, statistics
+from em_kernels.ops.backends.triton import statistics
+from em_kernels.ops.backends.triton.loss import FIRST_COUNTER, entropy_gradient_kernel, scale_kernel
 from em_kernels.ops.statistics import combine
 from em_kernels.ops.types import Divisor, Saved, Statistics, Sums, Temperature, Upstream, Wanted, row_count
 
 # A thread's load is 16 bytes, the widest there is.
 _VECTOR_BYTES = 16
 _THREADS_PER_WARP = 64 if torch.version.hip else 32
+# Enough warps to hide latency in, and few enough that what a program does once is little beside its elements.
+_THREADS = 256
+# A block of 32 KB or 16 KB: loads of a thread that are under way at once. The registers of 8 loads leave room for four
+# programs on a multiprocessor, 128 KB under way; Little's law asks for 32 KB at 4.8 TB/s and a latency of 900 ns.
+_LARGEST_FUSED, _LARGEST_STREAMED = 8, 4
+# Registers of a thread so that four programs share a multiprocessor's 65,536; three where rows are misaligned, which
+# takes a few more.
+_REGISTERS, _REGISTERS_MISALIGNED = 64, 80
 # Splits of a row are united by one program from one vector of this many parts: about one a multiprocessor.
 _MAX_SPLITS = 128
-# Programs of 256 threads per multiprocessor that keep enough loads in flight; fewer rows than this are split.
+# Programs per multiprocessor that keep enough loads in flight; fewer rows than this are split.
 _PROGRAMS_PER_MULTIPROCESSOR = 4
-# A row this short is read and written by one program in the time that the launch of a second kernel takes the host.
-_SHORT_ROW_BYTES = 64 << 10
+# What lies between the two readings of a row in the fused kernel. 132 multiprocessors of four programs have 17 MB under
+# way, half of it sums; so the sums of a row were drawn, and nearly always done, long before its gradient asks for them.
+# Together they are half of an H100's second-level cache.
+_LAG_BYTES = 12 << 20
 # Rows per program of the kernel that only does arithmetic per row.
 _COEFFICIENT_BLOCK = 256
 
 
-class _Tile(NamedTuple):
-    threads: int
+class _Block(NamedTuple):
+    """What a program loads at once of logits of `itemsize` bytes: `unroll` tiles of 16 bytes a thread."""
+
     unroll: int
+    itemsize: int
 
-    def arguments(self, dtype: torch.dtype) -> dict[str, int]:
-        return {
-            "LANES": self.threads,
-            "UNROLL": self.unroll,
-            "VECTOR": _VECTOR_BYTES // dtype.itemsize,
-            "num_warps": self.threads // _THREADS_PER_WARP,
-        }
+    @property
+    def vector(self) -> int:
+        return _VECTOR_BYTES // self.itemsize
 
-    def columns(self, dtype: torch.dtype) -> int:
-        return self.threads * self.unroll * (_VECTOR_BYTES // dtype.itemsize)
+    @property
+    def columns(self) -> int:
+        return _THREADS * self.unroll * self.vector
 
+    def a_row(self, logits: Tensor) -> int:
+        """The number of blocks in a row, which may begin anywhere between two boundaries."""
+        before = 0 if _misaligned(logits) is None else self.vector - 1
+        return triton.cdiv(logits.shape[2] + before, self.columns)
 
-def _streamed_tile(logits: Tensor) -> _Tile:
-    """The tile of kernels with one pass and nothing to keep in cache: many small programs."""
-    # Four programs a multiprocessor, of 64 registers a thread, have 32 KB in flight: 4.8 TB/s for 900 ns of latency.
-    wide = _Tile(threads=256, unroll=2)
-    programs = row_count(logits) * triton.cdiv(logits.shape[2], wide.columns(logits.dtype))
-    # For a row or a few, tiles of half the size make twice as many programs, so that more multiprocessors have one.
-    return wide if programs >= _multiprocessors(logits.device) else _Tile(threads=256, unroll=1)
+    def arguments(self) -> dict[str, int]:
+        threads = {"LANES": _THREADS, "num_warps": _THREADS // _THREADS_PER_WARP}
+        return {"UNROLL": self.unroll, "VECTOR": self.vector, **threads}
 
 
-def _resident_row(row_bytes: int, itemsize: int) -> _Tile:
-    """The tile of a program that passes twice over its row, so that the rows under way stay in the second-level cache.
-
-    A multiprocessor holds 2048 threads of up to 32 registers, 1024 of up to 64; 132 of them share 50 MB on an H100.
-    """
-    if row_bytes <= 16 << 10:
-        return _Tile(threads=128, unroll=2)  # a tile or two a row: more warps would only wait for each other
-    if row_bytes <= 128 << 10:
-        return _Tile(threads=512, unroll=2)  # two rows a multiprocessor: at 128 KB a row, 34 MB
-    # One row a multiprocessor, for more than 32 registers a thread keep a second program out: at 304 KB a row, 40 MB.
-    # float32 has half as many elements in a load, so twice the loads; it takes 32 registers, and two rows fit.
-    return _Tile(threads=1024, unroll=2 if itemsize == 2 else 4)
+def _block(logits: Tensor, largest: int) -> _Block:
+    """The largest block that pads rows by no more than an eighth and gives every multiprocessor one."""
+    smallest = _Block(1, logits.element_size())
+    unrolls = [unroll for unroll in (8, 4, 2) if unroll <= largest]
+    for block in (_Block(unroll, smallest.itemsize) for unroll in unrolls):
+        blocks = block.a_row(logits)
+        is_padded = 8 * blocks * block.columns > 9 * smallest.a_row(logits) * smallest.columns
+        if not is_padded and blocks * row_count(logits) >= _multiprocessors(logits.device):
+            return block
+    return smallest
 
 
 def row_sums(
-    logits: Tensor, kept: Tensor | None, temperature: Temperature, target: Tensor | None, wanted: Wanted
+    logits: Tensor,
+    kept: Tensor | None,
+    temperature: Temperature,
+    target: Tensor | None,
+    wanted: Wanted,
+    softcap: float | None = None,
 ) -> Sums:
-    partials = _partial_sums(logits, kept, temperature, target, wanted)
+    partials = _partials(logits, wanted)
+    _sum(logits, kept, temperature, target, wanted, softcap, partials, {})
     fields = iter(partials)
     m, s, a = next(fields), next(fields), next(fields)
     b = next(fields) if wanted.second_moment else None
@@ -91,38 +103,58 @@ def row_sums(
 
 
 def row_statistics(
-    logits: Tensor, kept: Tensor | None, temperature: Temperature, target: Tensor | None, wanted: Wanted
+    logits: Tensor,
+    kept: Tensor | None,
+    temperature: Temperature,
+    target: Tensor | None,
+    wanted: Wanted,
+    softcap: float | None = None,
 ) -> tuple[Statistics, Saved]:
     rows = row_count(logits)
-    results = Statistics.allocate(logits, rows, target is not None, wanted)
+    found = Statistics.allocate(logits, rows, target is not None, wanted)
     saved = Saved.allocate(logits, rows)
+    results = {**found._asdict(), "saved": saved.planes}
     if rows == 0:
-        return results, saved
-    partials = _partial_sums(logits, kept, temperature, target, wanted)
+        return found, saved
+    if _splits(logits)[0] == 1:
+        _sum(logits, kept, temperature, target, wanted, softcap, None, results)
+        return found, saved
+    partials = _partials(logits, wanted)
+    _sum(logits, kept, temperature, target, wanted, softcap, partials, {})
+    addressing = _addressing(logits)
+    del addressing["misaligned"]
     with _on_device(logits):
         statistics.finish_kernel[(rows,)](
             logits,
             partials,
             _bytes(kept),
             target=target,
-            **results._asdict(),
-            saved=saved.planes,
-            **_addressing(logits),
+            **results,
+            **addressing,
             rows=rows,
             splits=partials.shape[1],
             **_exponent_scale(temperature),
+            softcap=softcap,
             MAX_SPLITS=_MAX_SPLITS,
             num_warps=1,
         )
-    return results, saved
+    return found, saved
 
 
-def row_gradient(logits: Tensor, saved: Saved, target: Tensor | None, upstream: Upstream, out: Tensor) -> None:
+def row_gradient(
+    logits: Tensor,
+    saved: Saved,
+    target: Tensor | None,
+    upstream: Upstream,
+    out: Tensor,
+    softcap: float | None = None,
+) -> None:
     rows = row_count(logits)
     if rows == 0:
         return
     coefficients = saved.planes.new_empty(5, rows)
     gradients = upstream._asdict()
+    block = _block(logits, _LARGEST_STREAMED)
     with _on_device(logits):
         statistics.coefficients_kernel[(triton.cdiv(rows, _COEFFICIENT_BLOCK),)](
             saved.planes,
@@ -134,106 +166,124 @@ def row_gradient(logits: Tensor, saved: Saved, target: Tensor | None, upstream: 
             BLOCK=_COEFFICIENT_BLOCK,
             num_warps=4,
         )
-        tile = _streamed_tile(logits)
-        grid = (rows, triton.cdiv(logits.shape[2], tile.columns(logits.dtype)))
-        statistics.row_gradient_kernel[grid](
+        statistics.row_gradient_kernel[rows, block.a_row(logits)](
             logits,
             saved.planes,
             coefficients,
             target if upstream.logprob is not None else None,
             out,
             **_addressing(logits),
-            **_addressing(out, "out_"),
+            **_addressing_of_out(out, logits),
             rows=rows,
+            softcap=softcap,
             SECOND_MOMENT=upstream.varentropy is not None,
-            **tile.arguments(logits.dtype),
+            **block.arguments(),
         )
 
 
 def entropy_with_gradient(
-    logits: Tensor, token_weight: Tensor | None, divisor: Divisor, temperature: Temperature, out: Tensor
+    logits: Tensor,
+    token_weight: Tensor | None,
+    divisor: Divisor,
+    temperature: Temperature,
+    out: Tensor,
+    softcap: float | None = None,
 ) -> Tensor:
-    rows, vocab = row_count(logits), logits.shape[2]
-    losses = logits.new_empty(rows, dtype=torch.float32)
+    rows = row_count(logits)
     if rows == 0:
-        return losses.sum()
-    shared: dict[str, Any] = {
-        "token_weight": _bytes(token_weight),
-        "total": divisor.total,
-        "losses": losses,
-        "out": out,
-        **_addressing(logits),
-        **_addressing(out, "out_"),
-        "inverse_count": 1.0 / divisor.number,
-        **_exponent_scale(temperature),
-    }
-    row_bytes = vocab * logits.element_size()
-    if row_bytes <= _SHORT_ROW_BYTES or rows >= _multiprocessors(logits.device):
-        tile = _resident_row(row_bytes, logits.element_size())
-        with _on_device(logits):
-            loss.entropy_gradient_kernel[(rows,)](logits, **shared, **tile.arguments(logits.dtype))
-        return losses.sum()
-    partials = _partial_sums(logits, token_weight, temperature, None, Wanted())
-    tile = _streamed_tile(logits)
+        return logits.new_zeros((), dtype=torch.float32)
+    block = _block(logits, _LARGEST_FUSED)
+    parts = block.a_row(logits)
+    sum_weights = divisor.of_weights and token_weight is not None
+    counters = logits.new_zeros(FIRST_COUNTER.value + rows, dtype=torch.int32)
+    # Each part's m, s and a, each row's loss, and the total.
+    scratch = logits.new_empty((3 * parts + 1) * rows + 1, dtype=torch.float32)
+    loss = logits.new_empty((), dtype=torch.float32)
     with _on_device(logits):
-        loss.split_gradient_kernel[rows, triton.cdiv(vocab, tile.columns(logits.dtype))](
+        entropy_gradient_kernel[(2 * rows * parts + sum_weights,)](
             logits,
-            partials,
-            **shared,
-            splits=partials.shape[1],
-            MAX_SPLITS=_MAX_SPLITS,
-            **tile.arguments(logits.dtype),
+            _bytes(token_weight),
+            divisor.total,
+            counters=counters,
+            scratch=scratch,
+            loss=loss,
+            out=out,
+            **_addressing(logits),
+            **_addressing_of_out(out, logits),
+            rows=rows,
+            parts=parts,
+            lag=min(rows, triton.cdiv(_LAG_BYTES, logits.shape[2] * logits.element_size())),
+            inverse_count=1.0 / divisor.number,
+            **_exponent_scale(temperature),
+            softcap=softcap,
+            SUM_WEIGHTS=sum_weights,
+            MAX_PARTS=max(_THREADS_PER_WARP, triton.next_power_of_2(parts)),
+            **block.arguments(),
+            **_register_limit(logits),
         )
-    return losses.sum()
+    return loss
 
 
 def scale_(gradient: Tensor, factor: Tensor) -> None:
     if row_count(gradient) == 0:
         return
-    tile = _streamed_tile(gradient)
-    blocks = row_count(gradient) * triton.cdiv(gradient.shape[2], tile.columns(gradient.dtype))
+    block = _block(gradient, _LARGEST_STREAMED)
+    parts = block.a_row(gradient)
+    blocks = row_count(gradient) * parts
     # A program takes block after block: where the factor is 1, a program a block would only cost its launch.
     programs = min(blocks, _PROGRAMS_PER_MULTIPROCESSOR * _multiprocessors(gradient.device))
     with _on_device(gradient):
-        loss.scale_kernel[(programs,)](
-            gradient, factor, **_addressing(gradient), blocks=blocks, **tile.arguments(gradient.dtype)
+        scale_kernel[(programs,)](
+            gradient, factor, **_addressing(gradient), parts=parts, blocks=blocks, **block.arguments()
         )
 
 
-def _partial_sums(
-    logits: Tensor, kept: Tensor | None, temperature: Temperature, target: Tensor | None, wanted: Wanted
-) -> Tensor:
-    """The sums over the splits of each row, (fields, splits, rows), in the order of `Sums` and without unwanted fields.
-
-    `kept` may also be a token weight. The sums of a row where it is 0 stay unwritten.
-    """
-    rows, vocab = row_count(logits), logits.shape[2]
-    tile = _streamed_tile(logits)
-    tile_columns = tile.columns(logits.dtype)
-    programs = triton.cdiv(_PROGRAMS_PER_MULTIPROCESSOR * _multiprocessors(logits.device), max(rows, 1))
-    tiles = triton.cdiv(vocab, tile_columns)
-    tiles_per_split = triton.cdiv(tiles, min(programs, _MAX_SPLITS, tiles))
-    splits = triton.cdiv(tiles, tiles_per_split)
+def _partials(logits: Tensor, wanted: Wanted) -> Tensor:
+    """Memory for the sums over the splits of each row, in the order of `Sums` and without unwanted fields."""
     fields = 3 + wanted.second_moment + 3 * wanted.extra
-    partials = logits.new_empty(fields, splits, rows, dtype=torch.float32)
+    return logits.new_empty(fields, _splits(logits)[0], row_count(logits), dtype=torch.float32)
+
+
+def _splits(logits: Tensor) -> tuple[int, int]:
+    """How many splits a row is in, and of how many blocks each is."""
+    programs = triton.cdiv(_PROGRAMS_PER_MULTIPROCESSOR * _multiprocessors(logits.device), max(row_count(logits), 1))
+    blocks = _block(logits, _LARGEST_STREAMED).a_row(logits)
+    blocks_per_split = triton.cdiv(blocks, min(programs, _MAX_SPLITS, blocks))
+    return triton.cdiv(blocks, blocks_per_split), blocks_per_split
+
+
+def _sum(
+    logits: Tensor,
+    kept: Tensor | None,
+    temperature: Temperature,
+    target: Tensor | None,
+    wanted: Wanted,
+    softcap: float | None,
+    partials: Tensor | None,
+    results: dict[str, Tensor | None],
+) -> None:
+    """Writes the sums into `partials`, without those of masked rows, or the statistics into `results`."""
+    rows = row_count(logits)
     if rows == 0:
-        return partials
+        return
+    splits, split_blocks = _splits(logits)
     with _on_device(logits):
         statistics.partial_sums_kernel[rows, splits](
             logits,
             _bytes(kept),
             target=target,
             partials=partials,
+            **{name: results.get(name) for name in (*Statistics._fields, "saved")},
             **_addressing(logits),
             rows=rows,
             splits=splits,
-            split_columns=tiles_per_split * tile_columns,
+            split_blocks=split_blocks,
             **_exponent_scale(temperature),
+            softcap=softcap,
             SECOND_MOMENT=wanted.second_moment,
             EXTRA=wanted.extra,
-            **tile.arguments(logits.dtype),
+            **_block(logits, _LARGEST_STREAMED).arguments(),
         )
-    return partials
 
 
 def _bytes(kept: Tensor | None) -> Tensor | None:
@@ -247,12 +297,38 @@ def _exponent_scale(temperature: Temperature) -> dict[str, Any]:
     return {"row_temperature": temperature.per_row, "common_hi": hi, "common_lo": scale - hi}
 
 
-def _addressing(logits: Tensor, prefix: str = "") -> dict[str, int]:
-    """What locates a row; only the strides differ between the logits and the gradient that is written beside them."""
+def _addressing(logits: Tensor) -> dict[str, int | None]:
+    """What locates a row."""
+    shape = {"inner": logits.shape[1], "vocab": logits.shape[2]}
+    return {**shape, **_strides(logits), "misaligned": _misaligned(logits)}
+
+
+def _addressing_of_out(out: Tensor, logits: Tensor) -> dict[str, int | None]:
+    """What locates a row of the gradient, whose vectors have as many elements as those of the logits."""
+    located = {**_strides(out), "misaligned": _misaligned(out, _VECTOR_BYTES // logits.element_size())}
+    return {f"out_{name}": value for name, value in located.items()}
+
+
+def _strides(logits: Tensor) -> dict[str, int]:
     # The stride of a dimension of one is never used, but a kernel would be compiled anew for its divisibility.
-    outer_stride = logits.stride(0) if logits.shape[0] > 1 else 0
-    strides = {f"{prefix}outer_stride": outer_stride, f"{prefix}inner_stride": logits.stride(1)}
-    return strides if prefix else {"inner": logits.shape[1], "vocab": logits.shape[2], **strides}
+    return {
+        "outer_stride": logits.stride(0) if logits.shape[0] > 1 else 0,
+        "inner_stride": logits.stride(1) if logits.shape[1] > 1 else 0,
+    }
+
+
+def _misaligned(logits: Tensor, vector: int = 0) -> int | None:
+    """Elements between the last boundary of a vector and the first element; None where every row is whole vectors."""
+    vector = vector or _VECTOR_BYTES // logits.element_size()
+    before = logits.data_ptr() // logits.element_size() % vector
+    whole = not before and not any(size % vector for size in (logits.shape[2], *_strides(logits).values()))
+    return None if whole else before
+
+
+def _register_limit(logits: Tensor) -> dict[str, int]:
+    if torch.version.hip:
+        return {}
+    return {"maxnreg": _REGISTERS if _misaligned(logits) is None else _REGISTERS_MISALIGNED}
 
 
 @functools.cache

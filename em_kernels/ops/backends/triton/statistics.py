@@ -2,16 +2,16 @@
 
 A row is read once for its statistics and once more for its gradient, which is written in the same pass.
 
-`partial_sums_kernel` reads logits and writes the sums (m, s, a, b, count, sum_d, sum_e2) of each split of a row, over
-every column but the target's. Only the tile that holds the target pays for leaving it out.
-
-`finish_kernel` unites the splits, and then the target's own part, m = z_t, s = 1, a = b = 0:
+`partial_sums_kernel` reads logits and makes the sums (m, s, a, b, count, sum_d, sum_e2) of each split of a row, over
+every column but the target's. Only the tile that holds the target pays for leaving it out. Where a row is one split,
+the kernel finishes the row itself; elsewhere it writes the sums, and `finish_kernel` unites the splits. Either way the
+target's own part follows, m = z_t, s = 1, a = b = 0:
 
     H = log s - a/s      lse = m / tau + log s      V = b/s - (a/s)^2      log p_t = d_t - log s      1 - p_t = rest / s
 
 with rest the sum s over the other columns. Where the target is the maximum, log s is log1p(rest) and d_t is 0, so
 log p_t and 1 - p_t keep their relative accuracy however close p_t is to 1. The gradient needs the logits and the seven
-planes of `em_kernels.ops.types.Saved`, which this kernel writes.
+planes of `em_kernels.ops.types.Saved`, which are written with the statistics.
 
 `coefficients_kernel` makes five planes from the saved ones and the upstream gradients: constant, linear, quadratic,
 target_constant and alpha. `row_gradient_kernel` reads logits and writes, with u = d - a/s,
@@ -29,57 +29,84 @@ import triton.language as tl
 from em_kernels.ops.backends.triton.arithmetic import (
     LOG2_E,
     LOG_2,
+    accumulate,
+    capped,
+    empty_sums,
     exponent_scale,
     log1p,
-    row_offset,
-    row_sums,
-    tile_columns,
     tile_gradient,
     unite,
     unite_with_target,
 )
+from em_kernels.ops.backends.triton.tiles import (
+    find_row,
+    first_element,
+    load_block,
+    places_of_tile,
+    store_tile,
+    store_zeros,
+    widened,
+)
 
 
-@triton.jit(do_not_specialize=["inner", "rows", "splits"])
+@triton.jit(do_not_specialize=["inner", "misaligned", "rows", "splits", "split_blocks"])
 def partial_sums_kernel(
     logits,
     kept,
     row_temperature,
     target,
     partials,
+    entropy,
+    lse,
+    logprob,
+    varentropy,
+    extra,
+    saved,
     inner,
     vocab,
     outer_stride,
     inner_stride,
+    misaligned,
     rows,
     splits,
-    split_columns,
+    split_blocks,
     common_hi,
     common_lo,
+    softcap,
     SECOND_MOMENT: tl.constexpr,
     EXTRA: tl.constexpr,
     LANES: tl.constexpr,
     UNROLL: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """A program a split of a row; `partials` is (fields, splits, rows), and a row whose `kept` is 0 is not written."""
+    """A program a split of a row, of `split_blocks` blocks.
+
+    Writes the sums into `partials`, (fields, splits, rows), where a row whose `kept` is 0 stays unwritten; or, where
+    `partials` is None and a row is one split, the statistics and what the row's gradient needs.
+    """
     row = tl.program_id(0).to(tl.int64)
-    split = tl.program_id(1)
+    plane = rows.to(tl.int64)
     if kept is not None:
         if tl.load(kept + row) == 0:
+            if partials is None:
+                store_masked(row, plane, (entropy, lse, logprob, varentropy, extra, saved))
             return
+    scale_hi, scale_lo = exponent_scale(row_temperature, common_hi, common_lo, row)
+    at = find_row(logits, row, inner, outer_stride, inner_stride, vocab, misaligned, VECTOR)
     column = None
     if target is not None:
         column = tl.load(target + row)
-        # Columns are 32-bit, and the cast must not make a column of a target out of range.
-        column = tl.where((column >= 0) & (column < vocab), column, -1).to(tl.int32)
-    scale_hi, scale_lo = exponent_scale(row_temperature, common_hi, common_lo, row)
-    start = split * split_columns
-    stop = tl.minimum(start + split_columns, vocab)
-    logits += row_offset(row, inner, outer_stride, inner_stride)
-    sums = row_sums(logits, start, stop, column, scale_hi, scale_lo, SECOND_MOMENT, EXTRA, LANES, UNROLL, VECTOR)
-    plane = rows.to(tl.int64) * splits
-    store_sums(partials + split.to(tl.int64) * rows + row, plane, sums, SECOND_MOMENT, EXTRA)
+    split = tl.program_id(1)
+    first = split * split_blocks * (LANES * UNROLL * VECTOR)
+    last = first + split_blocks * (LANES * UNROLL * VECTOR)
+    place = None if target is None else target_place(at, column, vocab)
+    sums = row_sums(at, first, last, place, scale_hi, scale_lo, softcap, SECOND_MOMENT, EXTRA, LANES, UNROLL, VECTOR)
+    if partials is not None:
+        store_sums(partials + split.to(tl.int64) * rows + row, plane * splits, sums, SECOND_MOMENT, EXTRA)
+    else:
+        z = None if target is None else target_logit(first_element(at), column, vocab, softcap)
+        results = (entropy, lse, logprob, varentropy, extra, saved)
+        finish_row(sums, z, row, plane, scale_hi, scale_lo, results)
 
 
 @triton.jit(do_not_specialize=["inner", "rows", "splits"])
@@ -103,46 +130,25 @@ def finish_kernel(
     splits,
     common_hi,
     common_lo,
+    softcap,
     MAX_SPLITS: tl.constexpr,
 ):
     """The statistics of a row, a program a row, and what its gradient needs; all are 0 where `kept` is 0."""
     row = tl.program_id(0).to(tl.int64)
     plane = rows.to(tl.int64)
-    SECOND_MOMENT: tl.constexpr = varentropy is not None
-    EXTRA: tl.constexpr = extra is not None
     if kept is not None:
         if tl.load(kept + row) == 0:
-            store_zeros(row, plane, entropy, lse, logprob, varentropy, extra, saved)
+            store_masked(row, plane, (entropy, lse, logprob, varentropy, extra, saved))
             return
     scale_hi, scale_lo = exponent_scale(row_temperature, common_hi, common_lo, row)
-    inv_tau = scale_hi * LOG_2
-    sums = load_sums(partials, row, rows, splits, scale_hi, scale_lo, SECOND_MOMENT, EXTRA, MAX_SPLITS)
+    sums = load_sums(
+        partials, row, rows, splits, scale_hi, scale_lo, varentropy is not None, extra is not None, MAX_SPLITS
+    )
+    z = None
     if target is not None:
-        z = target_logit(logits + row_offset(row, inner, outer_stride, inner_stride), tl.load(target + row), vocab)
-        sums, rest, is_top = unite_with_target(sums, z, scale_hi, scale_lo, SECOND_MOMENT, EXTRA)
-    m, s, a, b, count, sum_d, sum_e2 = sums
-    # A row of all -inf is empty, and its lse would be -inf, which is not NaN.
-    s = tl.where(s == 0.0, float("nan"), s)
-    log_s, mean_d = tl.log2(s) * LOG_2, a / s * LOG_2
-    miss, top1, variance = 0.0, 0.0, 0.0
-    if target is not None:
-        log_s = tl.where(is_top, log1p(rest), log_s)
-        # The d of `exponential` is bounded from below, and the log-probability of a banned token is -inf.
-        tl.store(logprob + row, tl.where(is_top, 0.0, (z - m) * inv_tau) - log_s)
-        miss = rest / s
-        top1 = is_top.to(tl.float32)
-    tl.store(entropy + row, log_s - mean_d)
-    tl.store(lse + row, m * inv_tau + log_s)
-    if SECOND_MOMENT:
-        variance = b / s * (LOG_2 * LOG_2) - mean_d * mean_d
-        variance = tl.maximum(variance, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        tl.store(varentropy + row, variance)
-    if EXTRA:
-        mean_logprob = sum_d / count * LOG_2 - log_s
-        store_planes(
-            extra + row, plane, (1.0 / s, tl.where(s == s, top1, float("nan")), mean_logprob, sum_e2 / (s * s)), 4
-        )
-    store_planes(saved + row, plane, (m, s, mean_d, variance, miss, scale_hi, scale_lo), 7)
+        at = find_row(logits, row, inner, outer_stride, inner_stride, vocab, None, 1)
+        z = target_logit(first_element(at), tl.load(target + row), vocab, softcap)
+    finish_row(sums, z, row, plane, scale_hi, scale_lo, (entropy, lse, logprob, varentropy, extra, saved))
 
 
 @triton.jit(do_not_specialize=["entropy_stride", "lse_stride", "logprob_stride", "varentropy_stride", "rows"])
@@ -199,7 +205,7 @@ def coefficients_kernel(
     tl.store(coefficients + plane, linear * over_s, mask=kept)
 
 
-@triton.jit(do_not_specialize=["inner", "rows"])
+@triton.jit(do_not_specialize=["inner", "misaligned", "out_misaligned", "rows"])
 def row_gradient_kernel(
     logits,
     saved,
@@ -210,28 +216,32 @@ def row_gradient_kernel(
     vocab,
     outer_stride,
     inner_stride,
+    misaligned,
     out_outer_stride,
     out_inner_stride,
+    out_misaligned,
     rows,
+    softcap,
     SECOND_MOMENT: tl.constexpr,
     LANES: tl.constexpr,
     UNROLL: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """A program a tile of a row; `target` is None where the loss does not use the log-probability."""
-    TILE: tl.constexpr = LANES * UNROLL * VECTOR
+    """A program a block of a row; `target` is None where the loss does not use the log-probability."""
+    TILE: tl.constexpr = LANES * VECTOR
     row = tl.program_id(0).to(tl.int64)
     plane = rows.to(tl.int64)
-    start = tl.program_id(1) * TILE
-    columns = tile_columns(start, LANES, UNROLL, VECTOR)
-    exists = columns < vocab
-    out += row_offset(row, inner, out_outer_stride, out_inner_stride)
+    start = tl.program_id(1) * (TILE * UNROLL)
+    at = find_row(logits, row, inner, outer_stride, inner_stride, vocab, misaligned, VECTOR)
+    out_at = find_row(out, row, inner, out_outer_stride, out_inner_stride, vocab, out_misaligned, VECTOR)
     saved += row
     scale_hi = tl.load(saved + 5 * plane)
     if scale_hi == 0:
-        tl.store(out + columns, tl.zeros([UNROLL, LANES, VECTOR], out.dtype.element_ty), mask=exists)
+        store_zeros(out_at, at, start, LANES, UNROLL, VECTOR)
         return
-    scale_lo = tl.load(saved + 6 * plane)
+    tiles = load_block(at, start, LANES, UNROLL, VECTOR, False)
+    EXACT: tl.constexpr = logits.dtype.element_ty == tl.float32
+    scale_lo = tl.load(saved + 6 * plane) if EXACT else None
     m = tl.load(saved)
     mean_d = tl.load(saved + 2 * plane) * LOG2_E
     coefficients += row
@@ -240,19 +250,113 @@ def row_gradient_kernel(
     quadratic = None
     if SECOND_MOMENT:
         quadratic = tl.load(coefficients + 2 * plane) * (LOG_2 * LOG_2)
-    logits += row_offset(row, inner, outer_stride, inner_stride)
-    z = tl.load(logits + columns, mask=exists, other=-float("inf"))
-    gradient = tile_gradient(z, m, scale_hi, scale_lo, mean_d, constant, linear, quadratic)
     if target is not None:
         column = tl.load(target + row)
         # A target outside [0, V) is another rank's, and no tile holds it.
-        if (column >= start) & (column < tl.minimum(start + TILE, vocab)):
-            z_t = tl.load(logits + column)
-            target_constant = tl.load(coefficients + 3 * plane)
-            alpha = tl.load(coefficients + 4 * plane)
-            at_target = tile_gradient(z_t, m, scale_hi, scale_lo, mean_d, target_constant, linear, quadratic) + alpha
-            gradient = tl.where(columns == column, at_target, gradient)
-    tl.store(out + columns, gradient.to(out.dtype.element_ty), mask=exists)
+        place = target_place(at, column, vocab)
+    for i in tl.static_range(UNROLL):
+        z, slope = capped(widened(tiles[i]), softcap)
+        gradient = tile_gradient(z, m, scale_hi, scale_lo, mean_d, constant, linear, quadratic)
+        if target is not None:
+            if (place >= start + i * TILE) & (place < start + (i + 1) * TILE):
+                z_t = target_logit(first_element(at), column, vocab, softcap)
+                target_constant = tl.load(coefficients + 3 * plane)
+                alpha = tl.load(coefficients + 4 * plane)
+                at_target = tile_gradient(z_t, m, scale_hi, scale_lo, mean_d, target_constant, linear, quadratic)
+                is_target = places_of_tile(start + i * TILE, LANES, VECTOR) == place
+                gradient = tl.where(is_target, at_target + alpha, gradient)
+        store_tile(out_at, at, start, i * TILE, gradient * slope, LANES, VECTOR)
+
+
+@triton.jit
+def row_sums(
+    row,
+    first,
+    last,
+    place,
+    scale_hi,
+    scale_lo,
+    softcap,
+    SECOND_MOMENT: tl.constexpr,
+    EXTRA: tl.constexpr,
+    LANES: tl.constexpr,
+    UNROLL: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """The sums over the places [first, last) of a row, without the target's place unless that is None."""
+    BLOCK: tl.constexpr = LANES * UNROLL * VECTOR
+    _, begin, end = row
+    last = tl.minimum(last, end)
+    EXACT: tl.constexpr = row[0].dtype.element_ty == tl.float32
+    lo = scale_lo if EXACT else None
+    sums = empty_sums(LANES)
+    for start in range(first, last, BLOCK):
+        tiles = logits_of(load_block(row, start, LANES, UNROLL, VECTOR, True), 0, UNROLL, softcap)
+        if place is not None:
+            if (place >= start) & (place < start + BLOCK):
+                tiles = without(tiles, start, place, LANES, VECTOR)
+        sums = accumulate(sums, tiles, scale_hi, lo, SECOND_MOMENT, EXTRA)
+    m, s, a, b, count, sum_d, sum_e2 = unite(sums, scale_hi, scale_lo, SECOND_MOMENT, EXTRA)
+    if EXTRA:
+        width = last - first if begin is None else last - tl.maximum(first, begin)
+        if place is not None:
+            width -= ((place >= first) & (place < last)).to(tl.int32)
+        # The loop counts the columns that are not -inf; the others are banned tokens.
+        banned = (count < width) & (m > -float("inf"))
+        count, sum_d = width.to(tl.float32), tl.where(banned, -float("inf"), sum_d)
+    return m, s, a, b, count, sum_d, sum_e2
+
+
+@triton.jit
+def logits_of(tiles, FIRST: tl.constexpr, COUNT: tl.constexpr, softcap):
+    """The logits of COUNT tiles that `load_block` has loaded, from the tile FIRST on, capped."""
+    logits: tuple = ()
+    for i in tl.static_range(COUNT):
+        logits = logits + (capped(widened(tiles[FIRST + i]), softcap)[0],)
+    return logits
+
+
+@triton.jit
+def without(tiles, start, place, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    """A block's tiles of logits with -inf at a place."""
+    COUNT: tl.constexpr = len(tiles)
+    others: tuple = ()
+    for i in tl.static_range(COUNT):
+        is_place = places_of_tile(start + i * (LANES * VECTOR), LANES, VECTOR) == place
+        others = others + (tl.where(is_place, -float("inf"), tiles[i]),)
+    return others
+
+
+@triton.jit
+def finish_row(sums, z, row, plane, scale_hi, scale_lo, results):
+    """Stores the statistics of a row from its sums over all columns but the target's, whose logit is z."""
+    entropy, lse, logprob, varentropy, extra, saved = results
+    inv_tau = scale_hi * LOG_2
+    if z is not None:
+        sums, rest, is_top = unite_with_target(sums, z, scale_hi, scale_lo, varentropy is not None, extra is not None)
+    m, s, a, b, count, sum_d, sum_e2 = sums
+    # A row of all -inf is empty, and its lse would be -inf, which is not NaN.
+    s = tl.where(s == 0.0, float("nan"), s)
+    log_s, mean_d = tl.log2(s) * LOG_2, a / s * LOG_2
+    miss, top1, variance = 0.0, 0.0, 0.0
+    if z is not None:
+        log_s = tl.where(is_top, log1p(rest), log_s)
+        # The d of `exponential` is bounded from below, and the log-probability of a banned token is -inf.
+        tl.store(logprob + row, tl.where(is_top, 0.0, (z - m) * inv_tau) - log_s)
+        miss = rest / s
+        top1 = is_top.to(tl.float32)
+    tl.store(entropy + row, log_s - mean_d)
+    tl.store(lse + row, m * inv_tau + log_s)
+    if varentropy is not None:
+        variance = b / s * (LOG_2 * LOG_2) - mean_d * mean_d
+        variance = tl.maximum(variance, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        tl.store(varentropy + row, variance)
+    if extra is not None:
+        mean_logprob = sum_d / count * LOG_2 - log_s
+        store_planes(
+            extra + row, plane, (1.0 / s, tl.where(s == s, top1, float("nan")), mean_logprob, sum_e2 / (s * s)), 4
+        )
+    store_planes(saved + row, plane, (m, s, mean_d, variance, miss, scale_hi, scale_lo), 7)
 
 
 @triton.jit
@@ -303,10 +407,19 @@ def store_sums(planes, plane, sums, SECOND_MOMENT: tl.constexpr, EXTRA: tl.const
 
 
 @triton.jit
-def target_logit(logits, target, vocab):
-    """The logit of column `target` of the row at `logits`, NaN outside [0, vocab)."""
+def target_place(row, column, vocab):
+    """The place of a target's column in a row, -1 outside [0, vocab)."""
+    # Places are 32-bit, and the cast must not make a place of a column out of range.
+    column = tl.where((column >= 0) & (column < vocab), column, -1 << 20).to(tl.int32)
+    _, begin, _ = row
+    return column if begin is None else column + begin
+
+
+@triton.jit
+def target_logit(logits, target, vocab, softcap):
+    """The logit of column `target` of the row at `logits`, capped; NaN outside [0, vocab)."""
     exists = (target >= 0) & (target < vocab)
-    return tl.load(logits + target, mask=exists, other=float("nan")).to(tl.float32)
+    return capped(tl.load(logits + target, mask=exists, other=float("nan")).to(tl.float32), softcap)[0]
 
 
 @triton.jit
@@ -316,8 +429,9 @@ def store_planes(planes, plane, values, COUNT: tl.constexpr):
 
 
 @triton.jit
-def store_zeros(row, plane, entropy, lse, logprob, varentropy, extra, saved):
+def store_masked(row, plane, results):
     """Stores the results of a masked row, without those that are None."""
+    entropy, lse, logprob, varentropy, extra, saved = results
     tl.store(entropy + row, 0.0)
     tl.store(lse + row, 0.0)
     if logprob is not None:
