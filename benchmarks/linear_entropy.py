@@ -6,7 +6,8 @@ percentiles `p20` and `p80`. `over_floor` is the time over that of the three pla
 their gradients. The errors are against float64 on the very operands: the loss's error over its size plus 0.15, and the
 norm of a gradient's error over the gradient's norm. `rows_kept` is the share of the first 512 tokens that have an entry
 of the logits' gradient above 1e-6, and `columns_kept` the share of the vocabulary that has one in these tokens.
-`computes` names the loss: peers.py says what is compared with what.
+`computes` names the loss: peers.py says what is compared with what. On a GPU that linear_estimate.py knows, rows of
+ours have the estimate that was made there without measuring: `estimated_seconds_low` and `_high`.
 
 On the CPU the operands of SmolLM2-135M are real: its output projection and the hidden states of its own completions.
 All others are drawn, with distributions that are about as peaked.
@@ -31,6 +32,7 @@ from accuracy import (
     relative_error,
 )
 from entropy_loss import clean, eager
+from linear_estimate import estimated
 from memory import extra_bytes_in_fresh_process, extra_bytes_on_gpu
 from peers import all_peers, peers
 from rows import error_text
@@ -268,6 +270,8 @@ def rows(c: Configuration) -> Iterator[dict[str, Any]]:
         prepared = prepare(c)
         for row in rows_of("linear_entropy", c, prepared):
             name = row["contender"]
+            on = torch.cuda.get_device_name() if c.device == "cuda" else ""
+            row |= estimated(name, c.rows, c.dim, c.vocab, c.dtype, on)
             yield row | (
                 _memory(c, name, partial(prepared.calls[name].run, 0)) if c.memory and "seconds" in row else {}
             )
@@ -300,7 +304,7 @@ def _in_fresh_process(c: Configuration, name: str) -> Callable[[], Any]:
 def header(c: Configuration) -> str:
     return (
         f"{c.model} {c.dtype} {c.rows} tokens, D {c.dim}, V {c.vocab}\n{'':56} {'ms':>9} {'p20':>9} {'p80':>9} "
-        f"{'/matmuls':>8} {'extra MiB':>9} {'loss':>8} {'hidden':>8} {'weight':>8}"
+        f"{'/matmuls':>8} {'extra MiB':>9} {'loss':>8} {'hidden':>8} {'weight':>8} {'estimated ms':>13}"
     )
 
 
@@ -309,4 +313,8 @@ def line(row: dict[str, Any]) -> str:
     over = f"{row['over_floor']:8.2f}" if "over_floor" in row else f"{'-':>8}"
     memory = f"{row['extra_bytes'] / 2**20:9.1f}" if "extra_bytes" in row else f"{'-':>9}"
     names = ("loss_error", "hidden_gradient_error", "weight_gradient_error")
-    return f"{timing}{over} {memory}" + "".join(f" {row[k]:8.1e}" if k in row else f" {'-':>8}" for k in names)
+    errors = "".join(f" {row[k]:8.1e}" if k in row else f" {'-':>8}" for k in names)
+    estimate = "-"
+    if "estimated_on" in row:
+        estimate = f"{row['estimated_seconds_low'] * 1e3:.1f}-{row['estimated_seconds_high'] * 1e3:.1f}"
+    return f"{timing}{over} {memory}{errors} {estimate:>13}"

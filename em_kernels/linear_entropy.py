@@ -52,8 +52,9 @@ def linear_entropy_loss(
         reduction: "mean" = sum(w H) / sum(w), "sum" = sum(w H), or "none" = w H. A mean over no tokens is 0.
         num_items_in_batch: an int or a tensor of one element that replaces sum(w) as the divisor of "mean"; 0 leaves
             the sum.
-        chunk_size: tokens whose logits are held at a time, the same on every rank that shares the vocabulary; None
-            takes what fits into the scratch memory (below), and 512 with a sharded vocabulary.
+        chunk_size: tokens whose logits, or the gradient of these, are held at a time, the same on every rank that
+            shares the vocabulary; None takes what fits into the scratch memory (below), and 512 with a sharded
+            vocabulary.
         grad_tolerance: entries of the logits' gradient, before the division by sum(w), that may be left out of the
             gradients; see below. 0 leaves out nothing.
         logits_dtype: None and torch.float32 keep the float32 result of a 16-bit matmul unrounded. The dtype of 16-bit
@@ -73,12 +74,13 @@ def linear_entropy_loss(
         ValueError, TypeError: an argument does not fit; the message names it.
         RuntimeError: a gradient of the gradient, a forward-mode derivative or a torch.func transform is asked for.
 
-    Memory, in bytes, beyond the operands and their gradients, for a chunk of T tokens: 4 T (V + D) in float32. With
-    16-bit operands T (6 V + 4 D) on a GPU, 4 T (V + D) on the CPU, and T (2 V + 4 D) with logits_dtype of 16 bits; with
-    a weight that needs a gradient, in more than one chunk, 4 V D for its float32 sum. T is such that the first of these
-    is at most 512 MiB or, where that is more, 4 V D for a weight that needs a gradient, on the CPU at most 128 MiB; and
-    T is a number of whole tiles of the matmuls. grad_tolerance gathers 96 MiB, on a GPU out of the 512. A mask adds a
-    copy of hidden, and one of hidden's gradient where it is left out of the matmuls.
+    Memory, in bytes, beyond the operands and their gradients: for a chunk of T tokens 4 T (V + D), or with logits_dtype
+    of 16 bits T (2 V + 4 D). A GPU makes float32 logits of 16-bit operands in parts of a chunk: T (2 V + 4 D) + 4 V
+    max(256, T / 4), or T (6 V + 4 D) for fewer than 256 tokens and for a sharded vocabulary. T is such that this is at
+    most 512 MiB or, where that is more, 4 V D for a weight that needs a gradient, and on the CPU 128 MiB. 16-bit
+    operands add 4 V D for the float32 sum that the weight's gradient is rounded from. grad_tolerance gathers up to 96
+    MiB, on a GPU out of these. A mask adds a copy of hidden, and where masked tokens are left out of the matmuls, one
+    of hidden's gradient.
 
     What `grad_tolerance` bounds: with G the logits' gradient before the division by S (sum(w) for "mean", 1 otherwise),
     every entry left out has |G_ij| <= grad_tolerance, since whole rows and columns of a chunk are left out, and only

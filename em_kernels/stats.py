@@ -122,9 +122,9 @@ def linear_token_stats(
         softcap: c > 0: logits become c tanh(logits / c).
         temperature: tau > 0, a float or a tensor that broadcasts to hidden.shape[:-1]. No gradient flows to it.
         extra: any of "max_prob", "top1", "mean_logprob", "collision", as in `token_stats`.
-        chunk_size: tokens whose logits are held at a time, the same on every rank that shares the vocabulary; None
-            takes what fits into the scratch memory that `linear_entropy_loss` describes, and 512 with a sharded
-            vocabulary.
+        chunk_size: tokens whose logits, or the gradient of these, are held at a time, the same on every rank that
+            shares the vocabulary; None takes what fits into the scratch memory that `linear_entropy_loss` describes,
+            and 512 with a sharded vocabulary.
         logits_dtype: None and torch.float32 keep the float32 result of a 16-bit matmul unrounded; the dtype of 16-bit
             hidden states rounds it.
         token_count: the number of this rank's tokens whose mask is not 0, where the caller knows it as an int: a GPU

@@ -9,6 +9,8 @@ import torch
 from oracles import assert_entropy, reference_loss
 
 from em_kernels import LinearEntropyLoss, entropy_loss, linear_entropy_loss
+from em_kernels.arguments import projection
+from em_kernels.ops import types
 from em_kernels.ops.hidden import matmul
 
 NAN = float("nan")
@@ -150,11 +152,75 @@ def test_masked_tokens_are_left_out_of_the_matmuls_on_the_cpu(monkeypatch):
     assert sizes == [4, 4, 2]
 
 
+# ---------------------------------------------------------------------------------------------------------- token_count
+
+
+@pytest.mark.parametrize("kind", ["bool", "int64", "weights"])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_token_count_leaves_masked_tokens_out_of_the_matmuls(implementation, monkeypatch, kind, reduction):
+    sizes = []
+    for name, operand in (("project", 0), ("product", 0), ("transposed_product", 1)):
+        original = getattr(matmul, name)
+        monkeypatch.setattr(
+            matmul,
+            name,
+            lambda *a, of=operand, original=original, **k: (sizes.append(len(a[of])), original(*a, **k))[1],
+        )
+    keep = torch.tensor([[1, 0, 1, 0], [0, 1, 1, 1]])
+    mask = keep * (torch.rand(2, 4) * 5 + 0.1) if kind == "weights" else keep.to(getattr(torch, kind))
+    mask = mask.to(implementation.device)
+    hidden, weight, bias = make(implementation, 2, 4, bias=True)
+    temperature = torch.rand(2, 4).to(implementation.device) + 0.5
+    hidden[mask == 0], temperature[mask == 0] = NAN, 77.0
+    clean = torch.where((mask == 0).unsqueeze(-1), 0.0, hidden)
+    options = {"bias": bias, "reduction": reduction, "temperature": temperature, "chunk_size": 2}
+    expected = check(implementation, clean, weight, mask, **options)
+    sizes.clear()
+    leaves = [x.detach().requires_grad_() for x in (hidden, weight, bias)]
+    loss = linear_entropy_loss(
+        *leaves[:2], mask, token_count=5, backend=implementation.backend, **options | {"bias": leaves[2]}
+    )
+    loss.sum().backward()
+    # Three products of each token, and its logits once more with "none".
+    assert sum(sizes) == 5 * (3 + (reduction == "none"))
+    for actual, value in zip((loss, *(leaf.grad for leaf in leaves)), expected, strict=True):
+        torch.testing.assert_close(actual, value, rtol=1e-5, atol=1e-6)
+    assert (leaves[0].grad[mask == 0] == 0).all()
+
+
+def test_token_count_without_a_mask_is_the_number_of_tokens(implementation):
+    hidden, weight, _ = make(implementation, 2, 3)
+    counted, plain = (
+        linear_entropy_loss(hidden, weight, token_count=count, backend=implementation.backend) for count in (6, None)
+    )
+    assert torch.equal(counted, plain)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("count", [0, 3, 5])
+def test_a_wrong_token_count_that_cannot_be_seen_makes_nan(monkeypatch, count, reduction):
+    monkeypatch.setattr(types, "host_sees", lambda _: False)
+    monkeypatch.setattr(projection, "values_visible", lambda _: False)
+    hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True)
+    mask = torch.tensor([1, 0, 1, 1, 0, 1])
+    loss = linear_entropy_loss(hidden, weight, mask, token_count=count, reduction=reduction)
+    assert loss.isnan().all()
+    if count > 0:
+        loss.sum().backward()
+        assert hidden.grad.isnan().any()
+        assert weight.grad.isnan().all()
+
+
 @pytest.mark.parametrize("shape", [(0,), (2, 0), (1,), ()], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_few_tokens(implementation, shape, reduction):
     hidden, weight, _ = make(implementation, *shape)
     loss, *gradients = check(implementation, hidden, weight, reduction=reduction)
+    mask = torch.zeros(shape, device=implementation.device)
+    masked = linear_entropy_loss(
+        hidden, weight, mask, token_count=0, reduction=reduction, backend=implementation.backend
+    )
+    assert (masked == 0).all()
     assert loss.shape == (shape if reduction == "none" else ())
     if 0 in shape:
         assert loss.sum().item() == 0
@@ -539,7 +605,9 @@ def test_module(implementation):
     expected = linear_entropy_loss(
         hidden, weight, mask, bias=bias, temperature=0.5, num_items_in_batch=9, backend=implementation.backend
     )
-    assert torch.equal(module(hidden, weight, mask, bias, num_items_in_batch=9), expected)
+    assert torch.equal(module(hidden, weight, mask, bias, num_items_in_batch=9, token_count=4), expected)
+    with pytest.raises(ValueError, match="token_count is 5, expected 4"):
+        module(hidden, weight, mask, bias, token_count=5)
     assert "temperature=0.5" in repr(module)
 
 

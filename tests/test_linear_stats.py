@@ -5,7 +5,9 @@ import torch
 from oracles import assert_entropy, reference_stats
 from test_linear_entropy import DTYPES, ROUNDING, logits_of, make, names
 
-from em_kernels import linear_token_stats, token_stats
+from em_kernels import linear_token_entropy, linear_token_stats, token_stats
+from em_kernels.arguments import projection
+from em_kernels.ops import types
 
 NAN = float("nan")
 
@@ -75,6 +77,33 @@ def test_masked_tokens_are_0_and_get_no_gradient(implementation):
     sum(field.sum() for field in stats[:4]).backward()
     assert (hidden.grad[mask == 0] == 0).all()
     assert weight.grad.isfinite().all()
+
+
+def test_token_count(implementation):
+    hidden, weight, _ = make(implementation, 2, 3)
+    mask = torch.tensor([[1, 0, 1], [0, 1, 1]], device=implementation.device)
+    target = torch.randint(0, 70, (2, 3)).to(implementation.device)
+    hidden[mask == 0], target[mask == 0] = NAN, -100
+    clean = torch.where((mask == 0).unsqueeze(-1), 0.0, hidden)
+    check(implementation, clean, weight, target.clamp(min=0), mask, chunk_size=3, token_count=4)
+    options = {"mask": mask, "backend": implementation.backend}
+    extra = ("max_prob", "top1", "mean_logprob", "collision")
+    expected = linear_token_stats(hidden, weight, target, extra=extra, **options)
+    counted = linear_token_stats(hidden, weight, target, extra=extra, token_count=4, **options)
+    entropy = linear_token_entropy(hidden, weight, token_count=4, **options)
+    for actual, value in zip((*counted, entropy), (*expected, expected.entropy), strict=True):
+        torch.testing.assert_close(actual, value, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [0, 2, 5])
+def test_a_wrong_token_count_that_cannot_be_seen_makes_nan_of_every_field(monkeypatch, count):
+    monkeypatch.setattr(types, "host_sees", lambda _: False)
+    monkeypatch.setattr(projection, "values_visible", lambda _: False)
+    hidden, weight, mask = torch.randn(6, 8), torch.randn(20, 8), torch.tensor([1, 0, 1, 1, 0, 1])
+    options = {"mask": mask, "token_count": count}
+    stats = linear_token_stats(hidden, weight, mask, extra=("max_prob", "collision"), **options)
+    for field in (*stats[:5], stats.collision, linear_token_entropy(hidden, weight, **options)):
+        assert field.isnan().all()
 
 
 def test_temperature_per_token(implementation):

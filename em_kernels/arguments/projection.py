@@ -10,7 +10,7 @@ from em_kernels.arguments.checks import as_float, as_integer, check_floats, choo
 from em_kernels.arguments.sharding import Layout, VocabShard, group_of, local_operands
 from em_kernels.arguments.tokens import Source
 from em_kernels.ops.hidden import matmul
-from em_kernels.ops.hidden.chunks import padded, whole_tiles
+from em_kernels.ops.hidden.chunks import rows_that_fit
 from em_kernels.ops.hidden.gradients import GATHERED_BYTES
 from em_kernels.ops.hidden.head import Chunking, Head
 from em_kernels.ops.sharded import Place
@@ -111,17 +111,15 @@ def _tokens_of_a_chunk(operands: Operands, tolerance: float) -> int:
         total = weight.numel() * statistics_dtype(weight.dtype).itemsize
         scratch = max(_SCRATCH_BYTES, total if weight.requires_grad and torch.is_grad_enabled() else 0)
         scratch -= 3 * GATHERED_BYTES if tolerance > 0 else 0
-    size = max(1, scratch // _bytes_per_token(operands.head))
-    return whole_tiles(size, weight.shape[1])
-
-
-def _bytes_per_token(head: Head) -> int:
-    """A token's logits, their gradient where it is narrower, and the float32 product that hidden's is rounded from."""
-    weight, logits = head.weight, head.logits_dtype
+    logits, product = operands.head.logits_dtype, statistics_dtype(weight.dtype)
     gradient = matmul.gradient_dtype(weight, logits)
-    entry = logits.itemsize + (0 if gradient == logits else gradient.itemsize)
-    vocab, dim = weight.shape
-    return padded(vocab) * entry + dim * statistics_dtype(weight.dtype).itemsize
+    return rows_that_fit(
+        scratch,
+        *weight.shape,
+        logits=logits.itemsize,
+        gradient=0 if gradient == logits else gradient.itemsize,
+        product=product.itemsize,
+    )
 
 
 def _autocast(*operands: Any) -> list[Any]:

@@ -160,6 +160,7 @@ def test_options_of_the_loss(options, error, message):
 
 
 HIDDEN, WEIGHT = torch.zeros(4, 16, 8), torch.zeros(30, 8)
+MASK = torch.arange(64).view(4, 16) < 4
 
 
 @pytest.mark.parametrize("function", [linear_entropy_loss, linear_token_stats])
@@ -187,6 +188,21 @@ HIDDEN, WEIGHT = torch.zeros(4, 16, 8), torch.zeros(30, 8)
         ({"softcap": True}, TypeError, "softcap is a bool, expected a float"),
         ({"chunk_size": 0}, ValueError, "chunk_size is 0, expected at least 1, or None"),
         ({"chunk_size": 2.5}, TypeError, "chunk_size is a float, expected an int, or None"),
+        ({"mask": MASK, "token_count": -1}, ValueError, "token_count is -1, expected 0 to 64, the number of tokens"),
+        ({"mask": MASK, "token_count": 65}, ValueError, "token_count is 65, expected 0 to 64, the number of tokens"),
+        ({"mask": MASK, "token_count": True}, TypeError, "token_count is a bool, expected an int, or None"),
+        ({"mask": MASK, "token_count": 4.0}, TypeError, "token_count is a float, expected an int, or None"),
+        (
+            {"mask": MASK, "token_count": torch.tensor(4)},
+            TypeError,
+            "token_count is a Tensor, expected an int, or None",
+        ),
+        (
+            {"mask": MASK, "token_count": 5},
+            ValueError,
+            "token_count is 5, expected 4, the number of tokens whose mask is not 0, or None",
+        ),
+        ({"token_count": 5}, ValueError, "token_count is 5 without a mask, expected 64, the number of tokens, or None"),
         (
             {"logits_dtype": torch.bfloat16},
             ValueError,

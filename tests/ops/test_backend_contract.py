@@ -414,8 +414,7 @@ def capped(z: Tensor, softcap: float) -> Tensor:
 CAPPED = {"rtol": 1e-5, "atol": 1e-5}
 
 
-@pytest.mark.parametrize("softcap", [5.0, 30.0], ids="cap{}".format)
-@pytest.mark.parametrize("vocab", [7, 9001], ids="V{}".format)
+@pytest.mark.parametrize(("vocab", "softcap"), [(7, 5.0), (9001, 30.0)])
 def test_softcap_in_sums_and_statistics(subject, vocab, softcap):
     z, target, tau = draw(vocab)
     expected_logits = capped(z, softcap).view(ROWS, vocab)
@@ -431,10 +430,15 @@ def test_softcap_in_sums_and_statistics(subject, vocab, softcap):
         assert_close(statistic, getattr(extra, name), **CAPPED)
 
 
-@pytest.mark.parametrize("inplace", [False, True], ids=["copy", "inplace"])
 @pytest.mark.parametrize(
-    ("vocab", "dtype"),
-    [(7, torch.float32), (9001, torch.float32), (1000, torch.bfloat16), (1000, torch.float16)],
+    ("vocab", "dtype", "inplace"),
+    [
+        (7, torch.float32, True),
+        (9001, torch.float32, False),
+        (9001, torch.float32, True),
+        (1000, torch.bfloat16, False),
+        (1000, torch.float16, True),
+    ],
     ids=str,
 )
 def test_softcap_in_gradients(subject, vocab, dtype, inplace):
@@ -487,10 +491,19 @@ def test_softcap_leaves_infinite_logits_alone(subject, vocab):
 # ------------------------------------------------------------------------------------- gradients in memory of their own
 
 
-@pytest.mark.parametrize("softcap", [None, 5.0], ids="cap {}".format)
-@pytest.mark.parametrize("padded", [False, True], ids=["contiguous", "padded rows"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("vocab", [7, 9001], ids="V{}".format)
+@pytest.mark.parametrize(
+    ("vocab", "dtype", "padded", "softcap"),
+    [
+        (7, torch.float32, True, None),
+        (7, torch.bfloat16, True, 5.0),
+        (7, torch.float16, False, None),
+        (2500, torch.float32, True, 5.0),
+        (2500, torch.bfloat16, False, 5.0),
+        (9001, torch.bfloat16, True, None),
+        (2500, torch.float16, True, None),
+    ],
+    ids=str,
+)
 def test_gradients_in_a_narrower_dtype_and_in_padded_rows(subject, vocab, dtype, padded, softcap):
     z, target, tau = draw(vocab)
     options = {} if softcap is None else {"softcap": softcap}

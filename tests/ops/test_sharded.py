@@ -19,7 +19,9 @@ from em_kernels import (
     token_entropy,
     token_stats,
 )
+from em_kernels.arguments import projection
 from em_kernels.ops import backend as backends
+from em_kernels.ops import types
 
 INF, NAN = float("inf"), float("nan")
 # The first column of each rank, and the number of all columns.
@@ -551,6 +553,31 @@ def test_masked_hidden_states_are_not_read(backend, reduction):
     _, gradients = check_linear_loss(operands, CUTS["three"], mask, reduction=reduction, **options)
     assert (gradients[0][mask == 0] == 0).all()
     check_linear_stats(operands, CUTS["three"], torch.tensor([0, -100, 22, 99, 7, 8]), mask, **options)
+
+
+def on_hidden_off_cpu(*arguments) -> Answer:
+    """The same as `on_hidden` on a rank that cannot see the mask."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(types, "host_sees", lambda _: False)
+        patch.setattr(projection, "values_visible", lambda _: False)
+        return on_hidden(*arguments)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_token_count_over_ranks_that_cannot_see_the_mask(reduction):
+    operands, cuts = make_operands(6), CUTS["unequal"]
+    mask = torch.tensor([True, False, True, False, True, True])
+    operands[0][~mask] = NAN
+    options = {"mask": mask, "reduction": reduction, "chunk_size": 2, "backend": "torch"}
+    [expected], gradients = linear_sharded(linear_entropy_loss, operands, cuts, chunks=2, **options)
+    arguments = ("linear_entropy_loss", operands, cuts, [1.0])
+    for answer in run_on_ranks(2, on_hidden_off_cpu, *arguments, {**options, "token_count": 4}, ()):
+        # Two chunks of the four tokens, and the sum of hidden's gradient.
+        assert answer.in_forward + answer.in_backward == 3
+        torch.testing.assert_close(answer.results[0], expected)
+        torch.testing.assert_close(answer.gradients[0], gradients[0])
+    for answer in run_on_ranks(2, on_hidden_off_cpu, *arguments, {**options, "token_count": 3}, ()):
+        assert answer.results[0].isnan().all()
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

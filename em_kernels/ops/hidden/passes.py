@@ -7,7 +7,7 @@ gradients_of_statistics  three matmuls, of which the first makes the logits agai
 
 Around the matmuls the float32 logits are read and their gradient is written once each, in the dtype in which the
 matmuls take it, and the weight's float32 gradient is written by the first chunk and read and written by each other.
-A chunk is four launches with 16-bit operands on a GPU, five where hidden's gradient is rounded from float32.
+On a GPU a chunk is two launches for each part of it, and two more or, to round hidden's gradient from float32, three.
 """
 
 from collections.abc import Callable
@@ -83,17 +83,18 @@ def row_statistics(
     rows = kept_rows(kept, len(hidden), chunking.token_count)
     hidden, target = rows.hidden(hidden), rows.target(target)
     temperature = rows.temperature(temperature, hidden)
-    chunks = Chunks(hidden, head, chunking.chunk_size)
+    chunks = Chunks(hidden, head, chunking.chunk_size, in_parts=not place.group)
     found = [
         backend.row_statistics(
-            chunks.logits(h)[None],
-            _of(rows.kept, index),
-            temperature.of_rows(index),
-            _of(target, index),
+            chunks.logits(part)[None],
+            _of(rows.kept, part),
+            temperature.of_rows(part),
+            _of(target, part),
             wanted,
             head.softcap,
         )
-        for index, h in chunks
+        for chunk in chunks
+        for part in chunks.parts(chunk)
     ]
     if not found:
         found = [(Statistics.allocate(hidden, 0, target is not None, wanted), Saved.allocate(hidden, 0))]
@@ -146,19 +147,22 @@ def _over_chunks(
     group: str,
     write_gradient: Callable[[slice, Tensor, Tensor], _T],
 ) -> tuple[list[_T], Totals]:
-    """What `write_gradient` returns for each chunk, and the sums of the gradients.
+    """What `write_gradient` returns for each part of a chunk, and the sums of the gradients.
 
-    `write_gradient` is given a chunk's rows, its logits, and the memory for their gradient. The memory of the chunks is
-    free when this returns, so that what is allocated next may lie there.
+    `write_gradient` is given a part's rows, their logits, and the memory for their gradient. The memory of the chunks
+    is free when this returns, so that what is allocated next may lie there.
     """
-    chunks = Chunks(hidden, head, chunking.chunk_size)
+    # Over ranks a part is an exchange of its rows' sums, of which there should be few.
+    chunks = Chunks(hidden, head, chunking.chunk_size, in_parts=not group)
     totals = Totals(hidden, head, needs, one_chunk=len(chunks) == 1, tolerance=tolerance, group=group)
     results = []
-    for index, h in chunks:
-        z = chunks.logits(h)
-        gradient = chunks.memory_for_gradient(z)
-        results.append(write_gradient(index, z[None], gradient[None]))
-        totals.add(index, h, gradient)
+    for chunk in chunks:
+        for part in chunks.parts(chunk):
+            z = chunks.logits(part)
+            gradient = chunks.gradient(chunk)
+            out = gradient[part.start - chunk.start : part.stop - chunk.start]
+            results.append(write_gradient(part, z[None], out[None]))
+        totals.add(chunk, hidden[chunk], gradient)
     return results, totals
 
 

@@ -98,6 +98,31 @@ def test_compiles_whole_with_dynamic_shapes(fresh_compiler, name, backend):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_token_counts_that_the_compiler_does_not_see_through(fresh_compiler, reduction):
+    def loss(hidden, weight, mask, count):
+        return linear_entropy_loss(hidden, weight, mask, token_count=count, reduction=reduction)
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    weight = torch.randn(40, 8)
+    for kept in (2, 4, 3, 5):
+        hidden, mask = torch.randn(6, 8), torch.arange(6) < kept
+        results = []
+        for function in (loss, compiled):
+            leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+            value = function(*leaves, mask, kept)
+            value.sum().backward()
+            results.append((value, *(leaf.grad for leaf in leaves)))
+        for expected, actual in zip(*results, strict=True):
+            torch.testing.assert_close(actual, expected)
+        # A wrong one is an error where the mask is seen.
+        with pytest.raises(ValueError, match=f"token_count is {kept + 1}, expected {kept}, the number of tokens whose"):
+            loss(hidden, weight, mask, kept + 1)
+        assert compiled(hidden, weight, mask, kept + 1).isnan().all()
+    # With gradients one for the first count and one for any, without them one for any.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_matmuls_of_16_bits_keep_their_float32(dtype):
