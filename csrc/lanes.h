@@ -24,7 +24,22 @@ EM_INLINE Vector read(const void* p) {
 
 EM_INLINE Float float_of(Bits bits) { return reinterpret_cast<Float>(bits); }
 EM_INLINE Bits bits_of(Float v) { return reinterpret_cast<Bits>(v); }
-EM_INLINE Half low_half(Bits bits) { return __builtin_convertvector(bits, Half); }
+
+EM_INLINE Bits widen(Half h) {
+#if EM_LANES == 16
+  return reinterpret_cast<Bits>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(h)));
+#else
+  return __builtin_convertvector(h, Bits);
+#endif
+}
+
+EM_INLINE Half low_half(Bits bits) {
+#if EM_LANES == 16
+  return reinterpret_cast<Half>(_mm512_maskz_cvtepi32_epi16(0xffff, reinterpret_cast<__m512i>(bits)));
+#else
+  return __builtin_convertvector(bits, Half);
+#endif
+}
 
 // The larger of the two; y if x is NaN.
 EM_INLINE Float larger(Float x, Float y) { return x > y ? x : y; }
@@ -52,7 +67,7 @@ EM_INLINE double sum_lanes(const Double& v) {
   return sum;
 }
 
-EM_INLINE Float from_bfloat16(Half h) { return float_of(__builtin_convertvector(h, Bits) << 16); }
+EM_INLINE Float from_bfloat16(Half h) { return float_of(widen(h) << 16); }
 
 EM_INLINE Half to_bfloat16(Float v) {
   const Bits bits = bits_of(v), rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
@@ -61,11 +76,11 @@ EM_INLINE Half to_bfloat16(Float v) {
 
 EM_INLINE Float from_float16(Half h) {
 #if EM_LANES == 16
-  return reinterpret_cast<Float>(_mm512_cvtph_ps(reinterpret_cast<__m256i>(h)));
+  return reinterpret_cast<Float>(_mm512_maskz_cvtph_ps(0xffff, reinterpret_cast<__m256i>(h)));
 #elif EM_LANES == 8
   return reinterpret_cast<Float>(_mm256_cvtph_ps(reinterpret_cast<__m128i>(h)));
 #else
-  const Bits bits = __builtin_convertvector(h, Bits), sign = (bits & 0x8000u) << 16, shifted = (bits & 0x7fffu) << 13;
+  const Bits bits = widen(h), sign = (bits & 0x8000u) << 16, shifted = (bits & 0x7fffu) << 13;
   // The exponents' biases are 127 and 15. A product normalises what is subnormal in 16 bits.
   const Bits finite = bits_of(float_of(shifted) * 0x1p112f);
   return float_of(sign | (shifted >= 0x7c00u << 13 ? shifted | 0x7f800000u : finite));
@@ -74,7 +89,7 @@ EM_INLINE Float from_float16(Half h) {
 
 EM_INLINE Half to_float16(Float v) {
 #if EM_LANES == 16
-  return reinterpret_cast<Half>(_mm512_cvtps_ph(__m512(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  return reinterpret_cast<Half>(_mm512_maskz_cvtps_ph(0xffff, __m512(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #elif EM_LANES == 8
   return reinterpret_cast<Half>(_mm256_cvtps_ph(__m256(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #else

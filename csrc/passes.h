@@ -162,73 +162,58 @@ Sums row_sums(const void* z, int64_t n, Dtype dtype, int64_t left_out, const Sca
   return all_but_one_hot(sums.a, n) ? with(true) : sums;
 }
 
-// The gradient by the n logits z, or by the capped logits where z are those.
-EM_INLINE void gradient(const float* z, int64_t n, float m, const Scale& scale, const Polynomial& at, bool quadratic,
-                        bool exact, bool past_cache, float* out) {
-  const auto value = [&](Float logits) __attribute__((always_inline)) {
+// The gradient by n logits; by the capped logits where z are those, times the slopes.
+EM_INLINE void gradient(const void* z, const float* slopes, int64_t n, Dtype dtype, float m, Scale scale,
+                        Polynomial polynomial, bool exact, bool past_cache, void* out, Dtype out_dtype) {
+  const bool quadratic = polynomial.c != 0;
+  const auto value = [&](int64_t i, Float logits) __attribute__((always_inline)) {
     const Term x = term(logits, m, scale, exact);
     const Float d = x.difference * scale.inv_tau;
-    return x.exp * (quadratic ? at.a + d * (at.b + at.c * d) : at.a + at.b * d);
+    // That every vector asks anew costs nothing: the multipliers are busy for longer.
+    const Float slope = quadratic ? polynomial.b + polynomial.c * d : broadcast(polynomial.b);
+    const Float by_capped = x.exp * (polynomial.a + slope * d);
+    return slopes ? by_capped * load(slopes + i) : by_capped;
   };
   int64_t i = 0;
-  for (; i + EM_LANES <= n; i += EM_LANES) store(out + i, value(load(z + i)), kFloat32, past_cache);
-  if (i < n) store_first(out + i, value(load_first(z + i, n - i)), n - i, kFloat32);
+  for (; i + EM_LANES <= n; i += EM_LANES) {
+    __builtin_prefetch(element(z, i - kBlock, dtype));
+    store(element(out, i, out_dtype), value(i, load(element(z, i, dtype), dtype)), out_dtype, past_cache);
+  }
+  if (i < n) {
+    const Float last = value(i, load_first(element(z, i, dtype), n - i, dtype));
+    store_first(element(out, i, out_dtype), last, n - i, out_dtype);
+  }
 }
 
-// Writes n values, times the slopes where there are any, in the dtype of `out`.
-EM_INLINE void narrow_block(const float* values, const float* slopes, int64_t n, Dtype dtype, bool past_cache, void* out) {
-  const auto value = [&](int64_t i) __attribute__((always_inline)) {
-    return slopes ? load(values + i) * load(slopes + i) : load(values + i);
-  };
-  int64_t i = 0;
-  for (; i + EM_LANES <= n; i += EM_LANES) store(element(out, i, dtype), value(i), dtype, past_cache);
-  if (i < n) store_first(element(out, i, dtype), value(i), n - i, dtype);
-}
-
-void gradient_block(const float* z, int64_t n, float m, const Scale& scale, const Polynomial& at, bool exact,
-                    bool past_cache, float* out) {
+void gradient_block(const void* z, const float* slopes, int64_t n, Dtype dtype, float m, const Scale& scale,
+                    const Polynomial& polynomial, bool exact, bool past_cache, void* out, Dtype out_dtype) {
   // One loop for each choice, made before it.
-  const auto with = [&](bool quadratic, bool streams) __attribute__((always_inline)) {
-    exact ? gradient(z, n, m, scale, at, quadratic, true, streams, out)
-          : gradient(z, n, m, scale, at, quadratic, false, streams, out);
+  const auto with = [&](Dtype from, Dtype to) __attribute__((always_inline)) {
+    exact ? gradient(z, slopes, n, from, m, scale, polynomial, true, past_cache, out, to)
+          : gradient(z, slopes, n, from, m, scale, polynomial, false, past_cache, out, to);
   };
-  if (at.c != 0) {
-    past_cache ? with(true, true) : with(true, false);
+  if (dtype == kBFloat16) {
+    with(kBFloat16, kBFloat16);
+  } else if (dtype == kFloat16) {
+    with(kFloat16, kFloat16);
+  } else if (out_dtype == kFloat32) {
+    with(kFloat32, kFloat32);
+  } else if (out_dtype == kBFloat16) {
+    with(kFloat32, kBFloat16);
   } else {
-    past_cache ? with(false, true) : with(false, false);
+    with(kFloat32, kFloat16);
   }
 }
 
-void store_block(const float* values, const float* slopes, int64_t n, Dtype dtype, bool past_cache, void* out) {
-  // One loop for each choice, made before it.
-  const auto with = [&](Dtype to, bool streams) __attribute__((always_inline)) {
-    slopes ? narrow_block(values, slopes, n, to, streams, out) : narrow_block(values, nullptr, n, to, streams, out);
-  };
-  switch (dtype) {
-    case kFloat32:
-      past_cache ? with(kFloat32, true) : with(kFloat32, false);
-      break;
-    case kBFloat16:
-      past_cache ? with(kBFloat16, true) : with(kBFloat16, false);
-      break;
-    case kFloat16:
-      past_cache ? with(kFloat16, true) : with(kFloat16, false);
-      break;
-  }
-}
-
+// A gradient of logits of 16 bits has their dtype.
 void row_gradient(const void* z, int64_t n, Dtype dtype, float m, const Scale& scale, const Softcap& cap,
                   const Polynomial& polynomial, bool exact, bool past_cache, void* out, Dtype out_dtype) {
   Block block;
   const auto part = [&](int64_t i, int64_t length, bool streams) {
-    const float* const values = block.widened(element(z, i, dtype), length, dtype, cap, true);
-    void* const to = element(out, i, out_dtype);
-    if (!cap && out_dtype == kFloat32) {
-      gradient_block(values, length, m, scale, polynomial, exact, streams, static_cast<float*>(to));
-    } else {
-      gradient_block(values, length, m, scale, polynomial, exact, false, block.values);
-      store_block(block.values, cap ? block.slopes : nullptr, length, out_dtype, streams, to);
-    }
+    const void* values = element(z, i, dtype);
+    if (cap) values = block.widened(values, length, dtype, cap, true);
+    gradient_block(values, cap ? block.slopes : nullptr, length, cap ? kFloat32 : dtype, m, scale, polynomial, exact,
+                   streams, element(out, i, out_dtype), out_dtype);
   };
   // Stores past the cache must be aligned: what lies before the first such address is a block of its own.
   constexpr int64_t kLine = 64;
