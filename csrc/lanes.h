@@ -27,7 +27,7 @@ EM_INLINE Bits bits_of(Float v) { return reinterpret_cast<Bits>(v); }
 
 EM_INLINE Bits widen(Half h) {
 #if EM_LANES == 16
-  return reinterpret_cast<Bits>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(h)));
+  return reinterpret_cast<Bits>(_mm512_maskz_cvtepu16_epi32(0xffff, reinterpret_cast<__m256i>(h)));
 #else
   return __builtin_convertvector(h, Bits);
 #endif
@@ -69,9 +69,10 @@ EM_INLINE double sum_lanes(const Double& v) {
 
 EM_INLINE Float from_bfloat16(Half h) { return float_of(widen(h) << 16); }
 
+// Of a result of arithmetic: its NaNs are quiet, and stay NaNs without their low bits.
 EM_INLINE Half to_bfloat16(Float v) {
   const Bits bits = bits_of(v), rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-  return low_half((v == v ? rounded : bits | 0x400000u) >> 16);
+  return low_half((v == v ? rounded : bits) >> 16);
 }
 
 EM_INLINE Float from_float16(Half h) {
