@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from em_kernels.arguments.checks import as_integer, values_visible
@@ -33,8 +34,14 @@ def reduction_of(name: str, num_items: int | Tensor | None, tokens: Tokens, sour
             raise ValueError(f"num_items_in_batch is the divisor of reduction='mean', given with reduction={name!r}")
         return Reduction(name, _given_divisor(num_items, source))
     if name == "mean" and tokens.token_weight is not None:
-        return Reduction(name, Divisor(tokens.token_weight.sum(dtype=source.dtype)))
+        return Reduction(name, _sum_of(tokens.token_weight, source))
     return Reduction(name, Divisor(number=_at_least_1(source.shape.numel())) if name == "mean" else Divisor())
+
+
+def _sum_of(token_weight: Tensor, source: Source) -> Divisor:
+    if token_weight.dtype == torch.bool and values_visible(token_weight):
+        return Divisor(number=_at_least_1(token_weight.sum().item()))
+    return Divisor(token_weight.sum(dtype=source.dtype))
 
 
 def _given_divisor(num_items: int | Tensor, source: Source) -> Divisor:
