@@ -40,7 +40,7 @@ def reduction_of(name: str, num_items: int | Tensor | None, tokens: Tokens, sour
 
 def _sum_of(token_weight: Tensor, source: Source) -> Divisor:
     if token_weight.dtype == torch.bool and values_visible(token_weight):
-        return Divisor(number=_at_least_1(token_weight.sum().item()))
+        return Divisor(number=_at_least_1(int(token_weight.sum().item())))
     return Divisor(token_weight.sum(dtype=source.dtype))
 
 

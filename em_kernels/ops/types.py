@@ -55,7 +55,7 @@ class Divisor(NamedTuple):
     number: int = 1
 
     def divide(self, values: Tensor) -> Tensor:
-        values = values / self.number
+        values = values if self.number == 1 else values / self.number
         return values if self.total is None else values / torch.where(self.total == 0, 1, self.total)
 
     def row_factor(self, like: Tensor, rows: int, token_weight: Tensor | None) -> Tensor:
@@ -124,15 +124,13 @@ class Statistics(NamedTuple):
 
     @staticmethod
     def allocate(logits: Tensor, rows: int, has_target: bool, wanted: Wanted) -> "Statistics":
-        def new(*shape: int) -> Tensor:
-            return logits.new_empty(shape, dtype=statistics_dtype(logits.dtype))
-
+        new, dtype = logits.new_empty, statistics_dtype(logits.dtype)
         return Statistics(
-            new(rows),
-            new(rows),
-            new(rows) if has_target else None,
-            new(rows) if wanted.second_moment else None,
-            new(len(EXTRA), rows) if wanted.extra else None,
+            new(rows, dtype=dtype),
+            new(rows, dtype=dtype),
+            new(rows, dtype=dtype) if has_target else None,
+            new(rows, dtype=dtype) if wanted.second_moment else None,
+            new(len(EXTRA), rows, dtype=dtype) if wanted.extra else None,
         )
 
     def with_empty(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
