@@ -7,7 +7,7 @@ namespace {
 namespace EM_NAMESPACE {
 
 // Of the capped logits: makes the values and, where wanted, the slopes of n <= kBlock logits.
-EM_INLINE void widen_block(const void* z, int64_t n, Dtype dtype, const Softcap& cap, bool capped, float* values,
+EM_INLINE void widen_block(const void* z, int64_t n, Dtype dtype, Softcap cap, bool capped, float* values,
                            float* slopes) {
   const auto put = [&](int64_t i, Float v) __attribute__((always_inline)) {
     if (capped) {
