@@ -286,6 +286,13 @@ def test_nan_or_infinity_makes_its_row_nan_and_no_other(instructions, vocab, fil
         assert result[::2].isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nan_of_all_ones_is_nan_in_a_narrower_gradient(instructions, dtype):
+    logits = torch.full((1, 1, 17), 2**31 - 1, dtype=torch.int32).view(torch.float32)
+    _, grad = entropy_with_gradient(logits, out=torch.empty_like(logits, dtype=dtype))
+    assert grad.isnan().all()
+
+
 @pytest.mark.parametrize("vocab", VOCABS, ids="V{}".format)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_row_without_any_token_left_is_nan(instructions, vocab, dtype):
