@@ -99,8 +99,8 @@ def paths_through(blocks: list[Block], loop: Loop | None, row_bytes: RowBytes) -
     start = loop.header if loop else 0
     dominators = _dominators(blocks)
     inside = loop.blocks if loop else frozenset(dominators)
-    # For each block and what is moved from there on: bytes, instructions (negative), and the block that follows. Where a
-    # path loads, its bytes are those that it loads: the ends of a row may be stored in two turns.
+    # For each block and what is moved from there on: bytes, instructions (negative), and the block that follows. A path
+    # that loads is judged by the bytes that it loads, because the ends of a row may be stored in two turns.
     best: dict[int, dict[Moves, tuple[tuple[int, int], int, int | None, Moves]]] = {}
     for i in _backwards(blocks, start, inside, dominators):
         forward = [j for j in blocks[i].successors if j in inside and j not in dominators[i]]

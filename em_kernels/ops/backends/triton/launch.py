@@ -33,8 +33,8 @@ _THREADS = 128
 # programs a multiprocessor have 160 KB under way at most. Little's law asks for 32 KB at 4.8 TB/s and a latency of 900
 # ns, and a program has loads under way for about a quarter of its time.
 _LARGEST_FUSED, _LARGEST_STREAMED = 16, 8
-# Registers of a thread so that five programs of 128 threads share the 65,536 of a multiprocessor; four where the ends of
-# misaligned rows are more code, which takes registers.
+# Registers of a thread so that five programs of 128 threads share the 65,536 of a multiprocessor; four where rows are
+# misaligned, because their ends are more code.
 _REGISTERS, _REGISTERS_MISALIGNED = 96, 112
 # Splits of a row are united by one program from one vector of this many parts: about one a multiprocessor.
 _MAX_SPLITS = 128
