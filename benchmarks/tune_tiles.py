@@ -32,8 +32,8 @@ _STREAMED = ("statistics", "gradient", "scale")
 # Threads, tiles and, for the fused kernel, registers: those that programs of a multiprocessor share out are 65,536.
 _FUSED_BLOCKS = {
     "tiny": [(128, 1, 64), (128, 2, 64)],
-    "small": [(128, 8, 64), (256, 2, 64), (256, 4, 48), (256, 4, 64), (256, 8, 64), (256, 8, 80), (512, 4, 64)],
-    "full": list(product((128, 256, 512), (2, 4, 8), (48, 64, 80))),
+    "small": [(128, 8, 64), (128, 16, 96), (128, 16, 128), (256, 4, 48), (256, 8, 64), (256, 8, 80), (512, 4, 40)],
+    "full": list(product((128, 256, 512), (4, 8, 16), (40, 48, 64, 80, 96, 128))),
 }
 _STREAMED_BLOCKS = {
     "tiny": [(128, 1), (128, 2)],
@@ -146,12 +146,8 @@ def table_choice(kernel: str, logits: Tensor) -> Choice:
 
     if kernel != "fused":
         return Choice(launch._THREADS, launch._block(logits, launch._LARGEST_STREAMED).unroll)
-    return Choice(
-        launch._THREADS,
-        launch._block(logits, launch._LARGEST_FUSED).unroll,
-        _lag(logits, launch._LAG_BYTES),
-        launch._register_limit(logits).get("maxnreg"),
-    )
+    block, registers = launch._fused(logits)
+    return Choice(launch._THREADS, block.unroll, _lag(logits, launch._LAG_BYTES), registers)
 
 
 def choices(c: Configuration, logits: Tensor, current: Choice) -> list[Choice]:
@@ -161,12 +157,7 @@ def choices(c: Configuration, logits: Tensor, current: Choice) -> list[Choice]:
     """
     if c.kernel != "fused":
         return sorted({current, *(Choice(*block) for block in _STREAMED_BLOCKS[c.size])})
-    # Where the compiler takes no limit, there is one choice of registers.
-    limited = current.registers is not None
-    blocks = {
-        Choice(threads, unroll, current.lag, registers if limited else None)
-        for threads, unroll, registers in _FUSED_BLOCKS[c.size]
-    }
+    blocks = {Choice(threads, unroll, current.lag, registers) for threads, unroll, registers in _FUSED_BLOCKS[c.size]}
     lags = {current._replace(lag=_lag(logits, lag_bytes)) for lag_bytes in _LAGS[c.size]}
     return sorted({current} | blocks | lags)
 
@@ -189,8 +180,7 @@ def _chosen(choice: Choice, logits: Tensor) -> Any:
     }
     if choice.lag is not None:
         values["_LAG_BYTES"] = choice.lag * _row_bytes(logits)
-    if choice.registers is not None:
-        values["_register_limit"] = lambda logits: {"maxnreg": choice.registers}
+        values["_fused"] = lambda logits: (launch._block(logits, 0), choice.registers)
     return patch.multiple(launch, **values)
 
 

@@ -84,6 +84,13 @@ def _block(logits: Tensor, largest: int) -> _Block:
     return smallest
 
 
+def _fused(logits: Tensor) -> tuple[_Block, int]:
+    """The block of the fused kernel, and the registers that its threads may have."""
+    if _misaligned(logits) is None:
+        return _block(logits, _LARGEST_FUSED), _REGISTERS
+    return _block(logits, _LARGEST_STREAMED), _REGISTERS_MISALIGNED
+
+
 def row_sums(
     logits: Tensor,
     kept: Tensor | None,
@@ -193,9 +200,7 @@ def entropy_with_gradient(
     rows = row_count(logits)
     if rows == 0:
         return logits.new_zeros((), dtype=torch.float32)
-    is_aligned = _misaligned(logits) is None
-    registers = _REGISTERS if is_aligned else _REGISTERS_MISALIGNED
-    block = _block(logits, _LARGEST_FUSED if is_aligned else _LARGEST_STREAMED)
+    block, registers = _fused(logits)
     parts = block.a_row(logits)
     sum_weights = divisor.of_weights and token_weight is not None
     counters = logits.new_zeros(FIRST_COUNTER.value + rows, dtype=torch.int32)
