@@ -50,14 +50,14 @@ def test_a_gradient_comes_a_lag_after_its_sums_and_not_later(rows, parts, lag):
 class Search:
     """All states of the kernel that some interleaving leads to: what is drawn, stored and counted, and each program.
 
-    A program is (task, step). Sums: store, count, end. Gradient: wait, read, end. The first ticket, where the weights
-    are summed: store, then count in one row after another.
+    A program is (task, step). Sums: store, count. Gradient: wait for the row, read its sums, wait for the total, if the
+    weights are summed. The first ticket is then None: store.
     """
 
     def __init__(self, tasks: list[Task], rows: int, parts: int, workers: int, *, sum_weights: bool) -> None:
         self.tasks: list[Task | None] = [None, *tasks] if sum_weights else [*tasks]
         self.rows, self.parts, self.workers, self.sum_weights = rows, parts, workers, sum_weights
-        self.awaited = parts + sum_weights
+        self.awaited = parts
 
     def check(self) -> int:
         """The number of states; AssertionError where one cannot go on, or reads what is not stored."""
@@ -86,11 +86,7 @@ class Search:
                 continue
             done = (None, -1)
             if task is None:
-                if step == 0:
-                    yield drawn, stored | {"total"}, counts, self.with_program(programs, i, (task, 1))
-                else:
-                    following = done if step == self.rows else (task, step + 1)
-                    yield drawn, stored, self.counted(counts, step - 1), self.with_program(programs, i, following)
+                yield drawn, stored | {"total"}, counts, self.with_program(programs, i, done)
                 continue
             row, part, is_gradient = task
             if is_gradient:
@@ -98,7 +94,9 @@ class Search:
                     yield drawn, stored, counts, self.with_program(programs, i, (task, 1))
                 elif step == 1:
                     assert all((row, other) in stored for other in range(self.parts)), f"reads too early: {state}"
-                    assert "total" in stored or not self.sum_weights, f"reads the total too early: {state}"
+                    following = (task, 2) if self.sum_weights else done
+                    yield drawn, stored, counts, self.with_program(programs, i, following)
+                elif step == 2 and "total" in stored:
                     yield drawn, stored, counts, self.with_program(programs, i, done)
             elif step == 0:
                 yield drawn, stored | {(row, part)}, counts, self.with_program(programs, i, (task, 1))

@@ -204,8 +204,8 @@ def entropy_with_gradient(
     parts = block.a_row(logits)
     sum_weights = divisor.of_weights and token_weight is not None
     counters = logits.new_zeros(FIRST_COUNTER.value + rows, dtype=torch.int32)
-    # Each part's m, s and a, each row's loss, and the total.
-    scratch = logits.new_empty((3 * parts + 1) * rows + 1, dtype=torch.float32)
+    # Each part's m, s and a, and each row's loss.
+    scratch = logits.new_empty((3 * parts + 1) * rows, dtype=torch.float32)
     loss = logits.new_empty((), dtype=torch.float32)
     with _on_device(logits):
         entropy_gradient_kernel[(2 * rows * parts + sum_weights,)](

@@ -27,8 +27,9 @@ from em_kernels.ops.backends.triton.schedule import task_of
 from em_kernels.ops.backends.triton.statistics import load_sums, logits_of, store_sums
 from em_kernels.ops.backends.triton.tiles import find_row, load_block, places_in, store_block, store_zeros
 
-# `counters` start with the next ticket and the number of rows that have stored their loss; a counter a row follows.
-FIRST_COUNTER: tl.constexpr = tl.constexpr(2)
+# `counters` start with the next ticket, the number of rows that have stored their loss, and the sum of the weights as a
+# float32; a counter for each row follows.
+FIRST_COUNTER: tl.constexpr = tl.constexpr(3)
 
 
 @triton.jit(do_not_specialize=["inner", "misaligned", "rows", "lag"])
@@ -61,20 +62,21 @@ def entropy_gradient_kernel(
     UNROLL: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """A program a ticket; `counters` are 0 at first, `scratch` holds the parts' sums, the rows' losses and the total.
+    """A program a ticket; `counters` are 0 at first, and `scratch` holds the parts' sums and the rows' losses.
 
     With SUM_WEIGHTS the total is the sum of the weights, which the program of the first ticket makes.
     """
     plane = PARTS * rows.to(tl.int64)
     losses = scratch + 3 * plane
     ticket = tl.atomic_add(counters, 1, sem="relaxed")
-    arrivals = PARTS
     if SUM_WEIGHTS:
-        total = losses + rows
+        total = (counters + 2).to(tl.pointer_type(tl.float32))
         if ticket == 0:
-            sum_weights(token_weight, total, counters + FIRST_COUNTER, rows, LANES)
+            weights = sum_in_order(token_weight, rows, LANES)
+            # 0 says that the sum is not there yet, and a total of 0 counts as 1.
+            weights = tl.where(weights == 0.0, 1.0, weights)
+            tl.atomic_xchg(counters + 2, weights.to(tl.int32, bitcast=True), sem="relaxed")
             return
-        arrivals += 1
         ticket -= 1
     row, part, is_gradient = task_of(ticket, rows, PARTS, lag)
     start = part * (LANES * UNROLL * VECTOR)
@@ -100,12 +102,15 @@ def entropy_gradient_kernel(
         else:
             # The loads are under way while the program waits and unites the parts.
             tiles = load_block(at, start, LANES, UNROLL, VECTOR, False)
-            while tl.atomic_add(arrived, 0, sem="acquire") < arrivals:
+            while tl.atomic_add(arrived, 0, sem="acquire") < PARTS:
                 pass
             m, s, a, _, _, _, _ = load_sums(scratch, row, rows, PARTS, scale_hi, lo, False, False, MAX_PARTS)
             row_factor = weight * inverse_count
             if total is not None:
-                divisor = tl.load(total)
+                divisor = tl.load(total, volatile=SUM_WEIGHTS)
+                if SUM_WEIGHTS:
+                    while divisor == 0.0:
+                        divisor = tl.load(total, volatile=True)
                 row_factor /= tl.where(divisor == 0.0, 1.0, divisor)
             mean_d = a / s
             # One log 2 makes 1 / tau of c, the other makes nats of d.
@@ -154,30 +159,24 @@ def block_sums(
 
 
 @triton.jit
-def sum_weights(token_weight, total, arrived, rows, BLOCK: tl.constexpr):
-    """Stores the sum of the weights, in a fixed order, and tells every row of it."""
+def sum_in_order(values, count, LANES: tl.constexpr):
+    """The float32 sum of so many values, always in the same order."""
+    # Sixteen values a thread are 16 bytes of a mask, and keep the loop short, which one program runs while others wait.
+    BLOCK: tl.constexpr = 16 * LANES
     sums = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, rows, BLOCK):
-        row = start + tl.arange(0, BLOCK)
-        sums += tl.load(token_weight + row, mask=row < rows, other=0).to(tl.float32)
-    tl.store(total, tl.sum(sums, axis=0))
-    tl.debug_barrier()
-    for start in range(0, rows, BLOCK):
-        row = start + tl.arange(0, BLOCK)
-        tl.atomic_add(arrived + row, 1, mask=row < rows, sem="release")
+    for start in range(0, count, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        sums += tl.load(values + i, mask=i < count, other=0).to(tl.float32)
+    return tl.sum(sums, axis=0)
 
 
 @triton.jit
-def add_loss(value, row, losses, loss, stored, rows, BLOCK: tl.constexpr):
+def add_loss(value, row, losses, loss, stored, rows, LANES: tl.constexpr):
     """Stores the loss of a row; the program that stores the last of them adds up all, in the order of the rows."""
     tl.store(losses + row, value)
     tl.debug_barrier()
     if tl.atomic_add(stored, 1, sem="acq_rel") == rows - 1:
-        sums = tl.zeros([BLOCK], tl.float32)
-        for start in range(0, rows, BLOCK):
-            other = start + tl.arange(0, BLOCK)
-            sums += tl.load(losses + other, mask=other < rows, other=0.0)
-        tl.store(loss, tl.sum(sums, axis=0))
+        tl.store(loss, sum_in_order(losses, rows, LANES))
 
 
 @triton.jit(do_not_specialize=["inner", "misaligned", "parts", "blocks"])

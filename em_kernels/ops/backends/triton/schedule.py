@@ -8,13 +8,15 @@ cache has to hold is `lag` rows, and what is under way.
 
 A row has a counter of its own. What waits and what is waited for:
 
-  1. A sums task stores its part's sums and then adds 1 to the row's counter with release semantics. Where the divisor
-     is the sum of the weights, one more task, the first ticket's, stores that sum and then adds 1 to every counter.
-  2. A gradient task reads the row's counter with acquire semantics until it holds the number of these additions, and
-     only then reads what they released: the acquiring read observes the last of a sequence of read-modify-writes, which
-     continues the release sequence of every one before it, so that it synchronises with all of them. A barrier before
-     the release and after the acquire extends the order from one thread to its program.
-  3. In place, a gradient is written where its own part's logits were, which nobody reads but this part's two tasks, and
+  1. A sums task stores its part's sums and then adds 1 to the row's counter with release semantics.
+  2. A gradient task reads the row's counter with acquire semantics until it is the number of parts, and only then reads
+     their sums. The acquiring read observes the last of a sequence of read-modify-writes, which continues the release
+     sequence of every one before it, so that it synchronises with all of them. A barrier before the release and one
+     after the acquire extend the order from one thread to its program.
+  3. Where the divisor is the sum of the weights, the first ticket is a task of its own that makes it. The sum is one
+     word and its own flag, 0 until it is there: a gradient task reads it until it is not 0, and needs no order with
+     anything else in memory.
+  4. In place, a gradient is written where its own part's logits were, which nobody reads but this part's two tasks, and
      the sums task has read them before its release.
 
 No program waits for one that cannot run. Only gradient tasks wait, and only for sums tasks of the same row and for the
