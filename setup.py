@@ -1,5 +1,7 @@
 """The optional compiled CPU kernels; everything else about the package is in pyproject.toml."""
 
+from glob import glob
+
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
@@ -7,6 +9,7 @@ from setuptools.command.build_ext import build_ext
 NATIVE_CPU = Extension(
     "em_kernels._entropy_cpu",
     sources=["csrc/entropy_cpu.cpp"],
+    depends=sorted(glob("csrc/*.h")),
     extra_compile_args=["-std=c++17", "-O3", "-g0", "-ffp-contract=fast", "-fvisibility=hidden", "-pthread"],
     extra_link_args=["-pthread"],
     # Without a compiler the package installs all the same, and runs on PyTorch's own operators.

@@ -17,8 +17,8 @@ import torch
 from options import SIZES, SUITES
 from suite import run
 
-# This suite is for people who work on the kernels, and runs only when it is named.
-_TUNING = "tune_tiles"
+# These suites are for people who work on the kernels, and run only when they are named.
+_BY_NAME = ("tune_tiles", "fused_before_lag")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -33,7 +33,10 @@ def main() -> int:
     """
     parser = _Parser(prog=os.environ.get("EM_BENCH_NAME", "benchmarks"), description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
-        "--suite", action="append", choices=(*SUITES, _TUNING), help=f"may be repeated (all but {_TUNING})"
+        "--suite",
+        action="append",
+        choices=(*SUITES, *_BY_NAME),
+        help=f"may be repeated (all but {' and '.join(_BY_NAME)})",
     )
     parser.add_argument(
         "--size",

@@ -261,7 +261,8 @@ def names(c: Configuration) -> list[str]:
     return list(contenders(c, torch.zeros(c.rows, dtype=torch.int64, device=c.device)))
 
 
-def prepare(c: Configuration) -> Prepared:
+def prepare(c: Configuration, only: str | None = None) -> Prepared:
+    """Return the contenders on the same logits. With `only`, peers other than that one are left out."""
     device = torch.device(c.device)
     logits = draw_logits(c.logits, c.rows, c.vocab, c.torch_dtype, device)
     target = draw_targets(logits)
@@ -271,7 +272,7 @@ def prepare(c: Configuration) -> Prepared:
     # The slots hold the same values, so that one reference serves for all.
     slots = [logits.clone().requires_grad_() for _ in range(slots_beyond_cache(logits_bytes, device))]
     torch.compiler.reset()
-    every = contenders(c, target)
+    every = contenders(c, target, only)
 
     def check(name: str, result: tuple[Tensor | None, Tensor | None]) -> dict[str, float | None]:
         contender, (loss, gradient) = every[name], result
@@ -310,12 +311,18 @@ def prepare(c: Configuration) -> Prepared:
     return Prepared(calls, len(slots), check, notes, "copy | copy")
 
 
-def rows(c: Configuration) -> Iterator[dict[str, Any]]:
-    prepared = prepare(c)
+def timed_rows(benchmark: str, c: Configuration, prepared: Prepared) -> Iterator[dict[str, Any]]:
+    """Measure the contenders and yield a row for each, without its memory."""
     logits_bytes = c.rows * c.vocab * c.torch_dtype.itemsize
-    for row in rows_of("entropy_loss", c, prepared):
+    for row in rows_of(benchmark, c, prepared):
         if "over_floor" in row and row["bytes"] is not None:
             row["over_bytes"] = row["over_floor"] * 2 * logits_bytes / row["bytes"]
+        yield row
+
+
+def rows(c: Configuration) -> Iterator[dict[str, Any]]:
+    prepared = prepare(c)
+    for row in timed_rows("entropy_loss", c, prepared):
         if c.memory and "seconds" in row and row["variant"] in _MEASURED_IN_MEMORY:
             try:
                 row["extra_bytes"] = _extra_bytes(c, prepared, f"{row['contender']} | {row['variant']}")

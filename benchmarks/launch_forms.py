@@ -13,13 +13,13 @@ from em_kernels.ops.types import Divisor, Saved, Temperature, Upstream, Wanted
 # Qwen, Llama and SmolLM are multiples of 16; GPT-2's, and these with tokens added, are odd.
 VOCABULARIES = (32_000, 49_152, 50_257, 50_264, 128_256, 128_257, 151_665, 151_936, 262_144)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# Of these many tokens, each row has a multiprocessor; of the fewer, a row is split; of one, the tiles shrink.
+# Of these many tokens, each row has a multiprocessor; of the fewer, a row is split; of one, the blocks shrink.
 MANY_ROWS = 4096
 FEW_ROWS = (64, 1)
 
 
 class Form(NamedTuple):
-    """What is called, and on what; `plain` is without a mask, a temperature for each token and a counted divisor."""
+    """What is called, and on what; `plain` is without a mask, a temperature for each token and a sum of weights."""
 
     call: str
     dtype: torch.dtype
@@ -33,11 +33,11 @@ def call_forms(vocab: int, dtype: torch.dtype, rows: int) -> Iterator[Form]:
     logits = empty_logits((1, rows, vocab), dtype)
     out, per_row = torch.empty_like(logits), torch.ones(rows, device="meta")
     target, saved = per_row.long(), Saved.allocate(logits, rows)
-    # A mask, a temperature for each token and a divisor on the device are loads before the loops over a row.
+    # A mask, a temperature for each token and a divisor on the device are loads before what goes through a row.
     for plain in (True, False):
         kept = None if plain else per_row.bool()
         temperature = Temperature(None if plain else per_row, 1.5)
-        divisor = Divisor(None if plain else torch.ones((), device="meta"), rows)
+        divisor = Divisor(number=rows) if plain else Divisor(of_weights=True)
         launch.entropy_with_gradient(logits, kept, divisor, temperature, out)
         yield Form("loss and gradient", dtype, vocab, rows, plain)
         launch.row_statistics(logits, kept, temperature, None, Wanted())

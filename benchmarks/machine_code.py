@@ -96,8 +96,15 @@ def describe(kernel: Any, pieces: list[Any]) -> dict[str, Any]:
         "num_warps": kernel.warps,
         "shared": kernel.shared,
         **kernel.resources,
-        "pieces": [piece._asdict() | {"total": piece.total} for piece in pieces],
+        "pieces": [_rounded(piece._asdict() | {"total": piece.total}) for piece in pieces],
     }
+
+
+def _rounded(value: Any) -> Any:
+    """Return the value with five significant digits in every number of it that is no integer."""
+    if isinstance(value, dict):
+        return {key: _rounded(entry) for key, entry in value.items()}
+    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def _estimates(target: str, form: Any, launched: list[Any], pieces: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -113,8 +120,8 @@ def _estimates(target: str, form: Any, launched: list[Any], pieces: dict[str, An
                 **plain_form(form),
                 "gpu": gpu.name,
                 "launches": len(launched),
-                "estimated_seconds": found.seconds,
-                "estimated_over_floor": found.seconds / floor,
+                "estimated_seconds": _rounded(found.seconds),
+                "estimated_over_floor": _rounded(found.seconds / floor),
                 "floor": "copy" if writes else "read",
                 "limit": found.limit,
             }

@@ -93,7 +93,7 @@ def latest_runs(results: Path) -> dict[str, dict[str, list[Row]]]:
 def latest_machine_code(results: Path) -> dict[str, list[Row]]:
     """Return the rows on machine code by what it was compiled for; ValueError says which cannot be reported."""
     rows = read(results)
-    targets = sorted({row["device"] for row in rows if row["benchmark"] == "machine_code"}, key=len)
+    targets = sorted({row["device"] for row in rows if row.get("benchmark") == "machine_code"}, key=len)
     runs = {target: latest_run(rows, "machine_code", target) for target in targets}
     for target, found in runs.items():
         _refuse_without_commit(found, f"machine_code for {target}")

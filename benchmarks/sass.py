@@ -99,21 +99,25 @@ def paths_through(blocks: list[Block], loop: Loop | None, row_bytes: RowBytes) -
     start = loop.header if loop else 0
     dominators = _dominators(blocks)
     inside = loop.blocks if loop else frozenset(dominators)
-    # For each block and what is moved from there on: bytes, instructions (negative), and the block that follows.
-    best: dict[int, dict[Moves, tuple[int, int, int | None, Moves]]] = {}
+    # For each block and what is moved from there on: bytes, instructions (negative), and the block that follows. A path
+    # that loads is judged by the bytes that it loads, because the ends of a row may be stored in two turns.
+    best: dict[int, dict[Moves, tuple[tuple[int, int], int, int | None, Moves]]] = {}
     for i in _backwards(blocks, start, inside, dominators):
         forward = [j for j in blocks[i].successors if j in inside and j not in dominators[i]]
         ends = blocks[i].exits if loop is None else loop.header in blocks[i].successors
         own = [row_bytes(instruction) for instruction in blocks[i].instructions]
-        size, count = sum(map(sum, own)), -len(blocks[i].instructions)
+        loaded, stored = (sum(sizes) for sizes in zip(*own, strict=True)) if own else (0, 0)
+        count = -len(blocks[i].instructions)
         loads, stores = any(load for load, _ in own), any(store for _, store in own)
-        rest = [(0, 0, None, (False, False))] if ends else []
+        rest: list[tuple[tuple[int, int], int, int | None, Moves]] = [((0, 0), 0, None, (False, False))] if ends else []
         rest += [(size_, count_, j, moves) for j in forward for moves, (size_, count_, _, _) in best[j].items()]
         for more_size, more_count, following, moves in rest:
             together = (loads or moves[0], stores or moves[1])
-            candidate = (size + more_size, count + more_count, following, moves)
+            size = (loaded + more_size[0], stored + more_size[1])
+            candidate = (size, count + more_count, following, moves)
             known = best.setdefault(i, {}).get(together)
-            if known is None or candidate[:2] > known[:2]:
+            counted = 0 if together[0] else 1
+            if known is None or (size[counted], candidate[1]) > (known[0][counted], known[1]):
                 best[i][together] = candidate
         best.setdefault(i, {})
     found = {}

@@ -1,8 +1,8 @@
 """This module times contenders on the same inputs, makes rows of the times, and runs a suite.
 
 A suite is a module with these functions. `configurations(size, device)` yields the shapes to measure, as dataclasses,
-those first that say most. `names(c)` and `prepare(c)` give the contenders of a shape; tune_tiles, which has no peers,
-lacks both. `rows(c)` measures the contenders. `missing(device)` gives the peers that do not run here, with the reasons.
+those first that say most. `names(c)` and `prepare(c)` give the contenders of a shape; suites without peers lack both.
+`rows(c)` measures the contenders. `missing(device)` gives the peers that do not run here, with the reasons.
 `header(c)` and `line(row)` make the text to print.
 """
 

@@ -1,15 +1,18 @@
-"""This suite measures the Triton kernels at every tile (threads x unroll); "ours" is the tile that the table chooses.
+"""This suite measures the Triton kernels at many choices of their tiles; "ours" is what the table chooses.
 
-The kernel "fused" makes loss and gradient with a program for each row. The others stream: "split" does the same for a
-few long rows, "statistics" and "gradient" do it in two passes, and "scale" multiplies a gradient. Each result is
-checked. On the CPU, where the suite only shows that it works, it needs TRITON_INTERPRET=1.
+The kernel "fused" makes loss and gradient, in blocks of threads x unroll tiles. It has two more choices: the lag, the
+rows by which sums run ahead of gradients, and the registers that a thread may have. Where rows are few, no lag is
+shorter than all of them. The other kernels stream: "statistics" and "gradient" do the same in two passes, and "scale"
+multiplies a gradient. Each result is checked. On the CPU, where the suite only shows that it works, it needs
+TRITON_INTERPRET=1.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import product
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from accuracy import Reference, draw_logits
@@ -22,8 +25,27 @@ from em_kernels.ops import backend
 from em_kernels.ops.types import Divisor, Temperature, Upstream, Wanted
 
 _LOGITS_BYTES = 512 << 20
-_VOCABS = (2048, 8192, 32000, 49152, 128256, 151936, 262144)
-_SPLIT_VOCAB = 262144
+# The rows of the odd vocabulary begin anywhere between two 16-byte boundaries.
+_VOCABS = (2048, 8192, 32000, 49152, 50257, 128256, 151936, 262144)
+_FEW_ROWS, _FEW_ROWS_VOCAB = (1, 8, 64), 262144
+_STREAMED = ("statistics", "gradient", "scale")
+# Threads, tiles and, for the fused kernel, registers: those that programs of a multiprocessor share out are 65,536.
+_FUSED_BLOCKS = {
+    "tiny": [(128, 1, 64), (128, 2, 64)],
+    "small": [(128, 8, 64), (128, 16, 96), (128, 16, 128), (256, 4, 48), (256, 8, 64), (256, 8, 80), (512, 4, 40)],
+    "full": list(product((128, 256, 512), (4, 8, 16), (40, 48, 64, 80, 96, 128))),
+}
+_STREAMED_BLOCKS = {
+    "tiny": [(128, 1), (128, 2)],
+    "small": [(128, 4), (256, 2), (256, 4), (256, 8), (512, 2), (512, 4)],
+    "full": list(product((128, 256, 512, 1024), (1, 2, 4, 8))),
+}
+# Bytes of logits between a row's two readings. The last stands for all rows.
+_LAGS = {
+    "tiny": (1, 1 << 60),
+    "small": (6 << 20, 12 << 20, 24 << 20, 1 << 60),
+    "full": (3 << 20, 6 << 20, 12 << 20, 18 << 20, 24 << 20, 36 << 20, 1 << 60),
+}
 # A gradient must be within one unit in the last place (bfloat16, float16) or 2e-6 of the row's largest entry (float32),
 # plus what the float64 value loses on the way to the dtype.
 _GRADIENT_TOLERANCE = {torch.bfloat16: 2**-7, torch.float16: 2**-9, torch.float32: 4e-6}
@@ -36,7 +58,55 @@ class Kernel(NamedTuple):
     run: Callable[[Tensor], Tensor | None]
     gradient_weights: Tensor | None
     loss_weights: Tensor | None
-    streamed: bool
+
+
+class Choice(NamedTuple):
+    """What a launch can choose; the lag, in rows, and the registers are None where the kernel has no such choice."""
+
+    threads: int
+    unroll: int
+    lag: int | None = None
+    registers: int | None = None
+
+    def text(self, rows: int) -> str:
+        """The choice in words, for logits of that many rows."""
+        lag = "all sums first" if self.lag == rows else f"lag {self.lag}"
+        parts = [
+            f"{self.threads} x {self.unroll}",
+            None if self.lag is None else lag,
+            None if self.registers is None else f"{self.registers} registers",
+        ]
+        return ", ".join(part for part in parts if part is not None)
+
+
+@dataclass(frozen=True)
+class Configuration:
+    device: str
+    dtype: str
+    rows: int
+    vocab: int
+    kernel: str
+    size: str
+    budget: float = 1.0
+
+
+def configurations(size: str, device: str) -> Iterator[Configuration]:
+    if size == "tiny":
+        for kernel in ("fused", *_STREAMED):
+            yield Configuration(device, "float32", 3, 700, kernel, size, 0.1)
+        yield Configuration(device, "float32", 1, 20000, "fused", size, 0.1)
+        return
+    full = size == "full"
+    budget = 1.0 if full else 0.3
+    for dtype in ("bfloat16", "float32", "float16") if full else ("bfloat16", "float32"):
+        for vocab in _VOCABS if full else (151936, 32000) if dtype == "bfloat16" else (151936,):
+            rows = _LOGITS_BYTES // (vocab * getattr(torch, dtype).itemsize)
+            streamed = _STREAMED if vocab == 151936 and (full or dtype == "bfloat16") else ()
+            for kernel in ("fused", *streamed):
+                yield Configuration(device, dtype, rows, vocab, kernel, size, budget)
+        for rows in _FEW_ROWS if full else (8,):
+            for kernel in ("fused", "statistics", "gradient") if full else ("fused",):
+                yield Configuration(device, dtype, rows, _FEW_ROWS_VOCAB, kernel, size, budget)
 
 
 def kernels(logits: Tensor, out: Tensor, names: tuple[str, ...]) -> dict[str, Kernel]:
@@ -62,55 +132,56 @@ def kernels(logits: Tensor, out: Tensor, names: tuple[str, ...]) -> dict[str, Ke
         launch.scale_(out, factor)
 
     found = {
-        "fused": Kernel(loss, ones / rows, ones / rows, streamed=False),
-        "split": Kernel(loss, ones / rows, ones / rows, streamed=True),
-        "statistics": Kernel(statistics, None, None, streamed=True),
-        "gradient": Kernel(gradient, ones, None, streamed=True),
-        "scale": Kernel(scale, None, None, streamed=True),
+        "fused": Kernel(loss, ones / rows, ones / rows),
+        "statistics": Kernel(statistics, None, None),
+        "gradient": Kernel(gradient, ones, None),
+        "scale": Kernel(scale, None, None),
     }
     return {name: found[name] for name in names}
 
 
-@contextmanager
-def _tile(tile: tuple[int, int]) -> Iterator[None]:
+def table_choice(kernel: str, logits: Tensor) -> Choice:
+    """Return what the launchers choose for logits of shape (1, rows, V)."""
     launch: Any = backend.implementation("triton")
 
-    table = launch._resident_row, launch._streamed_tile
-    chosen = launch._Tile(*tile)
-    launch._resident_row = lambda row_bytes, itemsize: chosen
-    launch._streamed_tile = lambda logits: chosen
-    try:
-        yield
-    finally:
-        launch._resident_row, launch._streamed_tile = table
+    if kernel != "fused":
+        return Choice(launch._THREADS, launch._block(logits, launch._LARGEST_STREAMED).unroll)
+    block, registers = launch._fused(logits)
+    return Choice(launch._THREADS, block.unroll, _lag(logits, launch._LAG_BYTES), registers)
 
 
-@dataclass(frozen=True)
-class Configuration:
-    device: str
-    dtype: str
-    rows: int
-    vocab: int
-    kernel: str
-    budget: float = 1.0
+def choices(c: Configuration, logits: Tensor, current: Choice) -> list[Choice]:
+    """Return the choices to compare, the current one among them.
+
+    Blocks and registers vary at the current lag, and lags with the current block.
+    """
+    if c.kernel != "fused":
+        return sorted({current, *(Choice(*block) for block in _STREAMED_BLOCKS[c.size])})
+    blocks = {Choice(threads, unroll, current.lag, registers) for threads, unroll, registers in _FUSED_BLOCKS[c.size]}
+    lags = {current._replace(lag=_lag(logits, lag_bytes)) for lag_bytes in _LAGS[c.size]}
+    return sorted({current} | blocks | lags)
 
 
-def configurations(size: str, device: str) -> Iterator[Configuration]:
-    streamed = ("statistics", "gradient", "scale")
-    if size == "tiny":
-        for kernel in ("fused", *streamed):
-            yield Configuration(device, "float32", 2, 700, kernel, 0.1)
-        yield Configuration(device, "float32", 1, 20000, "split", 0.1)
-        return
-    full = size == "full"
-    for dtype in ("bfloat16", "float32", "float16") if full else ("bfloat16", "float32"):
-        for vocab in _VOCABS if full else (32000, 151936) if dtype == "bfloat16" else (151936,):
-            rows = _LOGITS_BYTES // (vocab * getattr(torch, dtype).itemsize)
-            for kernel in ("fused", *(streamed if vocab in (8192, 151936) else ())):
-                yield Configuration(device, dtype, rows, vocab, kernel, 1.0 if full else 0.3)
-        for rows in (1, 8, 64) if full else (8,):
-            for kernel in ("split", "statistics", "gradient") if full else ("split",):
-                yield Configuration(device, dtype, rows, _SPLIT_VOCAB, kernel, 1.0 if full else 0.3)
+def _lag(logits: Tensor, lag_bytes: int) -> int:
+    return min(logits.shape[1], -(-lag_bytes // _row_bytes(logits)))
+
+
+def _row_bytes(logits: Tensor) -> int:
+    return logits.shape[2] * logits.element_size()
+
+
+def _chosen(choice: Choice, logits: Tensor) -> Any:
+    """Return a context in which every launch makes this choice."""
+    launch: Any = backend.implementation("triton")
+
+    values: dict[str, Any] = {
+        "_THREADS": choice.threads,
+        "_block": lambda logits, largest: launch._Block(choice.unroll, logits.element_size()),
+    }
+    if choice.lag is not None:
+        values["_LAG_BYTES"] = choice.lag * _row_bytes(logits)
+        values["_fused"] = lambda logits: (launch._block(logits, 0), choice.registers)
+    return patch.multiple(launch, **values)
 
 
 def missing(device: torch.device) -> dict[str, str]:
@@ -122,8 +193,6 @@ def rows(c: Configuration) -> Iterator[dict[str, Any]]:
     reason = backend.unavailable_reason("triton", device)
     if reason is not None:
         raise RuntimeError(reason)
-    launch: Any = backend.implementation("triton")
-
     logits = draw_logits("peaked", c.rows, c.vocab, dtype, device)[None]
     exact = Reference(logits[0], torch.zeros(c.rows, dtype=torch.int64, device=device))
     out = torch.ones_like(logits)
@@ -131,13 +200,10 @@ def rows(c: Configuration) -> Iterator[dict[str, Any]]:
     kernel = kernels(logits, out, (c.kernel,))[c.kernel]
     # Every kernel overwrites `out`, except for "scale", which negates what it finds there.
     out.fill_(1)
-    table = launch._streamed_tile(logits) if kernel.streamed else None
-    current = tuple(table or launch._resident_row(c.vocab * dtype.itemsize, dtype.itemsize))
-    tiny = c.vocab <= 20000 and c.rows <= 2
-    tiles = {(t, u) for t in ((128,) if tiny else (128, 256, 512, 1024)) for u in ((1, 2) if tiny else (1, 2, 4, 8))}
+    current = table_choice(c.kernel, logits)
 
-    def run(tile: tuple[int, int], slot: int) -> Tensor | None:
-        with _tile(tile):
+    def run(choice: Choice, slot: int) -> Tensor | None:
+        with _chosen(choice, logits):
             return kernel.run(slots[slot])
 
     def check(key: str, loss: Tensor | None) -> None:
@@ -152,21 +218,22 @@ def rows(c: Configuration) -> Iterator[dict[str, Any]]:
         elif loss is None and not bool((out.abs() == 1).all()):
             raise ArithmeticError("the scaled entries are not all +1 or -1")
 
-    every = sorted(tiles | {current})
     # The names are those of the rows, in which a failure of the table's own choice counts as one of ours.
-    names = {tile: f"{'ours' if tile == current else 'another tile'} | {tile[0]} x {tile[1]}" for tile in every}
-    calls = {name: Call(partial(run, tile)) for tile, name in names.items()}
+    names = {
+        choice: f"{'ours' if choice == current else 'another'} | {choice.text(c.rows)}"
+        for choice in choices(c, logits, current)
+    }
+    calls = {name: Call(partial(run, choice)) for choice, name in names.items()}
     timings = timed("tune_tiles", calls, device, slots=len(slots), budget=c.budget, check=check)
     chosen = timings[names[current]]
-    for tile, name in names.items():
+    for choice, name in names.items():
         timing, (contender, _, variant) = timings[name], name.partition(" | ")
         row = {
             "benchmark": "tune_tiles",
             **{key: value for key, value in asdict(c).items() if key != "budget"},
             "contender": contender,
             "variant": variant,
-            "threads": tile[0],
-            "unroll": tile[1],
+            **choice._asdict(),
         }
         if not isinstance(timing, Timing):
             yield row | {"error": error_text(timing)}
@@ -176,9 +243,11 @@ def rows(c: Configuration) -> Iterator[dict[str, Any]]:
 
 
 def header(c: Configuration) -> str:
-    return f"{c.kernel} {c.dtype} {c.rows} x {c.vocab}\n{'':56} {'ms':>9} {'p20':>9} {'p80':>9} {'/ ours':>7}"
+    return f"{c.kernel} {c.dtype} {c.rows} x {c.vocab}\n{'':77} {'ms':>9} {'p20':>9} {'p80':>9} {'/ ours':>7}"
 
 
 def line(row: dict[str, Any]) -> str:
     times = " ".join(f"{row[key] * 1e3:9.4f}" for key in ("seconds", "p20", "p80"))
-    return f"{times} {row.get('over_ours', float('nan')):7.2f}"
+    # The text of a choice takes up to 38 characters, of which the table has room for 17.
+    room = 38 - max(17, len(row["variant"]))
+    return f"{'':{room}}{times} {row.get('over_ours', float('nan')):7.2f}"

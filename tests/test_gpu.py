@@ -1,6 +1,7 @@
-"""What only a GPU can show: offsets beyond 32 bits, CUDA graphs, no synchronisation, memory, more than one device."""
+"""What only a GPU can show: programs that run at once, offsets beyond 32 bits, CUDA graphs, synchronisation, memory."""
 
 import pytest
+import reference
 import torch
 from oracles import assert_entropy, assert_gradient, reference_loss
 
@@ -41,7 +42,7 @@ def test_more_than_2_31_elements():
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("rows", [2, 300], ids=["split rows", "a program a row"])
+@pytest.mark.parametrize("rows", [2, 300], ids=["few rows: all sums first", "many rows: lagged"])
 def test_captured_in_a_cuda_graph(reduction, rows):
     logits = torch.randn(rows, 50_000, device="cuda", requires_grad=True)
     mask = torch.rand(rows, device="cuda") < 0.7
@@ -56,7 +57,10 @@ def test_captured_in_a_cuda_graph(reduction, rows):
     logits.grad = None
     with torch.cuda.graph(graph):
         loss = train(logits, mask=mask, reduction=reduction)
-    for _ in range(2):
+    for share in (0.2, 0.5, 1.0):
+        # The divisor of a mean is the sum of the mask as it is at the replay, not as it was at the capture.
+        mask.copy_(torch.rand(rows, device="cuda") < share)
+        mask[0] = True
         with torch.no_grad():
             logits.normal_()
         graph.replay()
@@ -102,16 +106,76 @@ def test_peak_memory(inplace, reduction):
     assert extra <= gradient + 512 * 64 + (2 << 20)
 
 
-def test_deterministic():
-    logits = torch.randn(300, 151_936, device="cuda", dtype=torch.bfloat16)
+def draw(rows, vocab, dtype):
+    """Logits, and a mask that leaves out about a third of the rows, but not the first."""
+    logits = torch.randn(rows, vocab, device="cuda", dtype=dtype)
+    mask = torch.rand(rows, device="cuda") < 0.7
+    mask[0] = True
+    return logits, mask
 
-    def run():
-        leaf = logits.clone().requires_grad_()
-        return train(leaf), leaf.grad
 
-    first, second = run(), run()
-    assert torch.equal(first[0], second[0])
-    assert torch.equal(first[1], second[1])
+def loss_and_gradient(logits, **options):
+    leaf = logits.clone().requires_grad_()
+    return train(leaf, **options), leaf.grad
+
+
+def assert_mean(loss, gradient, logits, mask):
+    """The mean over all rows, and the gradients of some of them, against float64."""
+    entropy = torch.cat([reference.row_statistics(part).entropy for part in logits.split(128)])
+    assert_entropy(loss, entropy[mask].mean().cpu())
+    index = torch.linspace(0, len(logits) - 1, min(24, len(logits)), device="cuda").long()
+    _, expected = reference_loss(logits[index], mask[index], num_items_in_batch=int(mask.sum()))
+    assert_gradient(gradient[index], expected, logits.dtype)
+    assert not gradient[~mask].any()
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["out of place", "in place"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("rows", "vocab"),
+    [(1, 262_144), (8, 262_144), (300, 50_257), (2000, 8192), (600, 151_936), (20_000, 512)],
+    ids=["a row", "few rows: all sums first", "odd rows: lagged", "short: lagged", "long: lagged", "a part a row"],
+)
+def test_repeats_bit_for_bit(rows, vocab, dtype, inplace):
+    # A race between programs would show as a difference between two of the runs, or from float64.
+    logits, mask = draw(rows, vocab, dtype)
+    loss, gradient = loss_and_gradient(logits, mask=mask, inplace_backward=inplace)
+    assert_mean(loss, gradient, logits, mask)
+    for _ in range(50):
+        again = loss_and_gradient(logits, mask=mask, inplace_backward=inplace)
+        assert torch.equal(again[0], loss)
+        assert torch.equal(again[1], gradient)
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["out of place", "in place"])
+@pytest.mark.parametrize(
+    ("dtype", "rows", "vocab"),
+    [(torch.bfloat16, 12_000, 151_936), (torch.float32, 5000, 128_257), (torch.bfloat16, 200_000, 8192)],
+    ids=["bfloat16", "float32, odd rows", "bfloat16, short rows"],
+)
+def test_rows_far_beyond_the_lag(dtype, rows, vocab, inplace):
+    if torch.cuda.mem_get_info()[0] < 5 * rows * vocab * dtype.itemsize:
+        pytest.skip("needs five times the memory of the logits")
+    logits, mask = draw(rows, vocab, dtype)
+    loss, gradient = loss_and_gradient(logits, mask=mask, inplace_backward=inplace)
+    assert_mean(loss, gradient, logits, mask)
+
+
+def test_two_streams_at_once():
+    # The programs of two calls share the device, so that fewer of each run at once, in another order.
+    inputs = [draw(8, 262_144, torch.bfloat16), draw(300, 151_936, torch.bfloat16)]
+    expected = [loss_and_gradient(logits, mask=mask) for logits, mask in inputs]
+    streams = [torch.cuda.Stream() for _ in inputs]
+    torch.cuda.synchronize()
+    for _ in range(20):
+        found = []
+        for stream, (logits, mask) in zip(streams, inputs, strict=True):
+            with torch.cuda.stream(stream):
+                found.append(loss_and_gradient(logits, mask=mask))
+        torch.cuda.synchronize()
+        for (loss, gradient), (expected_loss, expected_gradient) in zip(found, expected, strict=True):
+            assert torch.equal(loss, expected_loss)
+            assert torch.equal(gradient, expected_gradient)
 
 
 def linear_operands(rows, dim, vocab, dtype):

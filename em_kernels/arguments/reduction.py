@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from em_kernels.arguments.checks import as_integer, values_visible
@@ -23,7 +24,7 @@ class Reduction(NamedTuple):
             entropy = entropy * tokens.token_weight
         if self.name == "none":
             return entropy.view(tokens.shape)
-        return self.divisor.known(tokens.token_weight, entropy.dtype).divide(entropy.sum())
+        return _known(self.divisor, tokens.token_weight, entropy.dtype).divide(entropy.sum())
 
 
 def reduction_of(name: str, num_items: int | Tensor | None, tokens: Tokens, source: Source) -> Reduction:
@@ -37,6 +38,14 @@ def reduction_of(name: str, num_items: int | Tensor | None, tokens: Tokens, sour
     if name == "mean" and tokens.token_weight is not None:
         return Reduction(name, Divisor(of_weights=True))
     return Reduction(name, Divisor(number=_at_least_1(source.shape.numel())) if name == "mean" else Divisor())
+
+
+def _known(divisor: Divisor, token_weight: Tensor | None, dtype: torch.dtype) -> Divisor:
+    of_mask = divisor.of_weights and token_weight is not None and token_weight.dtype == torch.bool
+    if of_mask and token_weight is not None and values_visible(token_weight):
+        # The host divides by a number in less time than by a tensor.
+        return Divisor(number=_at_least_1(int(token_weight.sum().item())))
+    return divisor.known(token_weight, dtype)
 
 
 def _given_divisor(num_items: int | Tensor, source: Source) -> Divisor:

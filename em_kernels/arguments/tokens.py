@@ -146,9 +146,9 @@ def _nan_where(condition: Tensor, temperature: Temperature, source: Source) -> T
 
 
 def _check_not_negative(mask: Tensor) -> None:
-    if not bool((mask < 0).any()):
+    lowest = mask.min().item() if mask.numel() > 0 else 0
+    if not lowest < 0:
         return
-    lowest = mask.min().item()
     if mask.is_floating_point():
         raise ValueError(f"mask has a negative weight ({lowest:g}), expected weights of at least 0")
     raise ValueError(
@@ -158,7 +158,9 @@ def _check_not_negative(mask: Tensor) -> None:
 
 
 def _flat(values: Tensor) -> Tensor:
-    return values.detach().reshape(-1).resolve_neg().contiguous()
+    values = values if values.dim() == 1 and values.is_contiguous() else values.reshape(-1).contiguous()
+    # Only floating-point tensors can have a gradient or a lazy sign.
+    return values.detach().resolve_neg() if values.is_floating_point() else values
 
 
 def _check_per_token(name: str, value: Tensor, source: Source) -> None:

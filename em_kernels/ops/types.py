@@ -63,7 +63,7 @@ class Divisor(NamedTuple):
         return Divisor(token_weight.sum(dtype=dtype), self.number)
 
     def divide(self, values: Tensor) -> Tensor:
-        values = values / self.number
+        values = values if self.number == 1 else values / self.number
         return values if self.total is None else values / torch.where(self.total == 0, 1, self.total)
 
     def row_factor(self, like: Tensor, rows: int, token_weight: Tensor | None) -> Tensor:
@@ -133,15 +133,13 @@ class Statistics(NamedTuple):
 
     @staticmethod
     def allocate(logits: Tensor, rows: int, has_target: bool, wanted: Wanted) -> "Statistics":
-        def new(*shape: int) -> Tensor:
-            return logits.new_empty(shape, dtype=statistics_dtype(logits.dtype))
-
+        new, dtype = logits.new_empty, statistics_dtype(logits.dtype)
         return Statistics(
-            new(rows),
-            new(rows),
-            new(rows) if has_target else None,
-            new(rows) if wanted.second_moment else None,
-            new(len(EXTRA), rows) if wanted.extra else None,
+            new(rows, dtype=dtype),
+            new(rows, dtype=dtype),
+            new(rows, dtype=dtype) if has_target else None,
+            new(rows, dtype=dtype) if wanted.second_moment else None,
+            new(len(EXTRA), rows, dtype=dtype) if wanted.extra else None,
         )
 
     def with_empty(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -11,7 +13,12 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "on_gpu.sh"
-SUITES = ["tune_tiles", "entropy_loss", "linear_entropy", "token_stats", "training_step", "host_overhead"]
+# The package before the lag comes from the history, which a checkout may lack.
+BEFORE_LAG = "fused_before_lag"
+# In a shell a missing git is a status, too, and not an exception.
+HISTORY = not subprocess.run("git cat-file -e 2f90a53:em_kernels", shell=True, cwd=ROOT, capture_output=True).returncode
+SUITES = ["tune_tiles", "entropy_loss", *([BEFORE_LAG] if HISTORY else [])]
+SUITES += ["linear_entropy", "token_stats", "training_step", "host_overhead"]
 pytestmark = pytest.mark.slow
 ENVIRONMENT = {**os.environ, "EM_SIZE": "tiny", "EM_DEVICE": "cpu", "PYTHON": sys.executable}
 
@@ -42,8 +49,8 @@ def folder(tmp_path_factory):
 
 
 def steps(folder):
-    lines = [line.split("\t") for line in (folder / "steps.tsv").read_text().splitlines()]
-    return [(name, status) for name, status, _ in lines if name != "build"]
+    found = re.findall(r"^([\w-]+)\t([^\t\n]+)\t\d+$", (folder / "log.txt").read_text(), re.MULTILINE)
+    return [(name, status) for name, status in found if name != "build"]
 
 
 def rows(folder, name):
@@ -172,14 +179,54 @@ def test_host_overhead_times_calls_and_first_calls(folder):
     assert {row["contender"] for row in found} >= {"ours", "ours, linear_entropy_loss", "cross_entropy"}
 
 
-def test_the_tuning_sweep_times_the_tile_of_the_table_beside_others(folder):
-    found = measured(folder, "tune_tiles")
-    kernels = {row["kernel"] for row in found}
-    assert kernels == {"fused", "split", "statistics", "gradient", "scale"}
-    for kernel in kernels:
-        ours = [row for row in found if row["kernel"] == kernel and row["contender"] == "ours"]
-        assert [row["over_ours"] for row in ours] == [1]
-        assert len([row for row in found if row["kernel"] == kernel]) > 1
+def test_the_tuning_sweep_times_the_choice_of_the_table_beside_others(folder):
+    sweeps = {}
+    for row in measured(folder, "tune_tiles"):
+        sweeps.setdefault((row["kernel"], row["rows"]), []).append(row)
+    assert {kernel for kernel, _ in sweeps} == {"fused", "statistics", "gradient", "scale"}
+    for found in sweeps.values():
+        assert [row["over_ours"] for row in found if row["contender"] == "ours"] == [1]
+        assert len({(row["threads"], row["unroll"]) for row in found}) > 1
+    # One row has no lag but itself.
+    assert {row["lag"] for row in sweeps["fused", 3]} == {1, 3}
+    assert {row["lag"] for row in sweeps["fused", 1]} == {1}
+
+
+@pytest.mark.skipif(not HISTORY, reason="needs the history, which has the package before the lag")
+def test_the_fused_kernel_before_the_lag_is_measured_beside_a_copy(folder):
+    found = {(row["contender"], row["variant"]): row for row in measured(folder, BEFORE_LAG)}
+    assert {variant for _, variant in found} == {"copy", "forward+backward", "inplace_backward", "masked 0.5"}
+    assert {name for name, _ in found} == {"copy", "fused kernel before the lag"}
+    # The shape is one of those of entropy_loss, where ours are measured.
+    shapes = {(row["dtype"], row["rows"], row["vocab"]) for row in measured(folder, "entropy_loss")}
+    for (name, _), row in found.items():
+        assert (row["dtype"], row["rows"], row["vocab"]) in shapes
+        assert row["over_floor"] > 0
+        assert row["loss_error"] < 1e-5
+        assert name == "copy" or row["gradient_error"] < 1e-5
+
+
+def test_the_package_of_the_checkout_is_not_measured_as_the_one_before_the_lag(tmp_path):
+    command = [sys.executable, SCRIPT.parent, "--suite", BEFORE_LAG, "--size", "tiny", "--device", "cpu"]
+    done = subprocess.run(
+        [*command, "--out", tmp_path], env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "expected one of an earlier commit" in rows(tmp_path, BEFORE_LAG)[0]["error"]
+
+
+def test_without_the_package_before_the_lag_its_step_is_a_line_and_succeeds(tmp_path):
+    checkout = tmp_path / "checkout"
+    (checkout / "benchmarks").mkdir(parents=True)
+    shutil.copy(SCRIPT, checkout / "benchmarks")
+    # What a git above the copy knows is not its history.
+    environment = {**ENVIRONMENT, "EM_STEPS": BEFORE_LAG, "PYTHON": "true", "GIT_CEILING_DIRECTORIES": str(tmp_path)}
+    done = subprocess.run(
+        [checkout / "benchmarks" / SCRIPT.name, tmp_path / "out"], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0
+    assert "fused_before_lag is not run" in done.stdout
+    assert steps(tmp_path / "out") == []
 
 
 def test_without_a_folder_it_is_one_line_and_status_2():

@@ -383,7 +383,8 @@ def test_rows_of_any_strides_are_those_of_the_contiguous_copy(subject, layout):
         sums = subject.row_sums(logits, target=target)
         results.append((*actual, *saved.planes, *sums, gradient, *subject.entropy_with_gradient(logits, weight)))
     for actual, expected in zip(*results, strict=True):
-        assert_close(actual, expected, rtol=1e-6, atol=1e-6)
+        # Rows that begin elsewhere between two boundaries are summed in another order.
+        assert_close(actual, expected, rtol=4e-6, atol=1e-6)
 
 
 def test_in_place_gradients_leave_the_memory_between_rows_alone(subject):

@@ -1,8 +1,9 @@
-"""The backend in C++ on the CPU, for float32 logits: csrc/entropy_cpu.cpp through ctypes, on every core torch may use.
+"""The backend in C++ on the CPU: csrc/entropy_cpu.cpp through ctypes, on every core torch may use.
 
 Passes over memory: `row_sums` and `row_statistics` read the logits once, `row_gradient` reads them once and writes the
 gradient, `entropy_with_gradient` does both in one read and one write where a row fits the second-level cache. Nothing
-is allocated but the results, and a number per row of the loss.
+is allocated but the results, and a number per row of the loss. Logits of 16 bits are widened as they are read, and the
+arithmetic is that of float32 logits; a gradient may have fewer bits than its logits.
 
 The library is optional: where it is missing, `unavailable_reason` says why, and the other functions raise that.
 """
@@ -28,20 +29,25 @@ from em_kernels.ops.types import (
 
 LIBRARY = Path(__file__).parents[2] / "_entropy_cpu.so"
 
-_POINTER, _INT64, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
-# logits, inner, outer stride, inner stride, rows, V
-_ROWS = (_POINTER, _INT64, _INT64, _INT64, _INT64, _INT64)
+# As csrc/dtypes.h numbers them.
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+_POINTER, _INT, _INT64, _DOUBLE = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_double
+# logits, dtype, inner, outer stride, inner stride, rows, V, soft cap
+_LOGITS = (_POINTER, _INT, _INT64, _INT64, _INT64, _INT64, _INT64, _DOUBLE)
 _TEMPERATURE = (_POINTER, _DOUBLE)
-# Every function starts with `_ROWS` and ends with the number of threads.
+# pointer, dtype, outer stride, inner stride
+_OUT = (_POINTER, _INT, _INT64, _INT64)
+# Every function starts with `_LOGITS` and ends with the number of threads.
 _SIGNATURES = {
     # kept, target, temperature; a pointer for each of Sums
     "em_row_sums": (_POINTER, _POINTER, *_TEMPERATURE, *(_POINTER,) * len(Sums._fields)),
     # kept, target, temperature; a pointer for each of Statistics; saved
     "em_row_statistics": (_POINTER, _POINTER, *_TEMPERATURE, *(_POINTER,) * len(Statistics._fields), _POINTER),
     # saved, target; pointer and stride for each of Upstream; out
-    "em_row_gradient": (_POINTER, _POINTER, *(_POINTER, _INT64) * len(Upstream._fields), _POINTER),
+    "em_row_gradient": (_POINTER, _POINTER, *(_POINTER, _INT64) * len(Upstream._fields), *_OUT),
     # kept, token_weight, divisor, temperature; loss, out
-    "em_entropy_with_gradient": (_POINTER, _POINTER, _DOUBLE, *_TEMPERATURE, _POINTER, _POINTER),
+    "em_entropy_with_gradient": (_POINTER, _POINTER, _DOUBLE, *_TEMPERATURE, _POINTER, *_OUT),
 }
 
 
@@ -49,60 +55,90 @@ def unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the compiled kernels cannot run on tensors of this device and dtype, or None if they can."""
     if device.type != "cpu":
         return f"the compiled kernels run on the CPU and the logits are on {device}"
-    if dtype != torch.float32:
-        return f"the compiled kernels take float32 logits and the logits are {dtype}"
+    if dtype not in _DTYPES:
+        return f"the compiled kernels take {', '.join(map(str, _DTYPES))} and the logits are {dtype}"
     return _missing_library()
 
 
 def row_sums(
-    logits: Tensor, kept: Tensor | None, temperature: Temperature, target: Tensor | None, wanted: Wanted
+    logits: Tensor,
+    kept: Tensor | None,
+    temperature: Temperature,
+    target: Tensor | None,
+    wanted: Wanted,
+    softcap: float | None = None,
 ) -> Sums:
     sums = Sums.allocate(logits, wanted)
-    _call("em_row_sums", logits, kept, target, *temperature, *sums)
+    _call("em_row_sums", logits, softcap, kept, target, *temperature, *sums)
     return sums
 
 
 def row_statistics(
-    logits: Tensor, kept: Tensor | None, temperature: Temperature, target: Tensor | None, wanted: Wanted
+    logits: Tensor,
+    kept: Tensor | None,
+    temperature: Temperature,
+    target: Tensor | None,
+    wanted: Wanted,
+    softcap: float | None = None,
 ) -> tuple[Statistics, Saved]:
     rows = row_count(logits)
     statistics, saved = Statistics.allocate(logits, rows, target is not None, wanted), Saved.allocate(logits, rows)
-    _call("em_row_statistics", logits, kept, target, *temperature, *statistics, *saved)
+    _call("em_row_statistics", logits, softcap, kept, target, *temperature, *statistics, *saved)
     return statistics, saved
 
 
-def row_gradient(logits: Tensor, saved: Saved, target: Tensor | None, upstream: Upstream, out: Tensor) -> None:
+def row_gradient(
+    logits: Tensor,
+    saved: Saved,
+    target: Tensor | None,
+    upstream: Upstream,
+    out: Tensor,
+    softcap: float | None = None,
+) -> None:
     target = None if upstream.logprob is None else target
     with_strides = [x for g in upstream for x in ((None, 0) if g is None else (g, g.stride(0)))]
-    _call("em_row_gradient", logits, *saved, target, *with_strides, out)
+    _call("em_row_gradient", logits, softcap, *saved, target, *with_strides, *_out(out))
 
 
 def entropy_with_gradient(
-    logits: Tensor, token_weight: Tensor | None, divisor: Divisor, temperature: Temperature, out: Tensor
+    logits: Tensor,
+    token_weight: Tensor | None,
+    divisor: Divisor,
+    temperature: Temperature,
+    out: Tensor,
+    softcap: float | None = None,
 ) -> Tensor:
     is_bool = token_weight is not None and token_weight.dtype == torch.bool
     kept_and_weight = (token_weight, None) if is_bool else (None, token_weight)
-    divisor = divisor.known(token_weight, torch.float32)
+    total = token_weight.sum() if divisor.of_weights and token_weight is not None else divisor.total
     # 0 counts as 1.
-    total = 1.0 if divisor.total is None else divisor.total.item() or 1.0
-    loss = logits.new_empty(())
-    _call("em_entropy_with_gradient", logits, *kept_and_weight, total * divisor.number, *temperature, loss, out)
+    divided_by = (1.0 if total is None else total.item() or 1.0) * divisor.number
+    loss = logits.new_empty((), dtype=torch.float32)
+    weight = (*kept_and_weight, divided_by)
+    _call("em_entropy_with_gradient", logits, softcap, *weight, *temperature, loss, *_out(out))
     return loss
 
 
-def _call(function: str, logits: Tensor, *arguments: Tensor | float | None) -> None:
+def _out(out: Tensor) -> tuple[Tensor, int, int, int]:
+    return out, _DTYPES[out.dtype], out.stride(0), out.stride(1)
+
+
+def _call(function: str, logits: Tensor, softcap: float | None, *arguments: Tensor | float | None) -> None:
     library = _load()
     if isinstance(library, str):
         raise RuntimeError(library)
     outer, inner, vocab = logits.shape
     getattr(library, function)(
         logits.data_ptr(),
+        _DTYPES[logits.dtype],
         inner,
         logits.stride(0),
         logits.stride(1),
         outer * inner,
         vocab,
-        *(x.data_ptr() if isinstance(x, Tensor) else x for x in arguments),
+        softcap or 0.0,
+        # isinstance(x, Tensor) would take several times as long.
+        *[x if x is None or isinstance(x, (float, int)) else x.data_ptr() for x in arguments],
         torch.get_num_threads(),
     )
 
@@ -122,7 +158,7 @@ def _load() -> ctypes.CDLL | str:
         library = ctypes.CDLL(str(LIBRARY))
         for name, signature in _SIGNATURES.items():
             function = getattr(library, name)
-            function.argtypes, function.restype = (*_ROWS, *signature, ctypes.c_int), None
+            function.argtypes, function.restype = (*_LOGITS, *signature, _INT), None
     except (OSError, AttributeError) as error:
         return f"the compiled CPU kernels cannot be loaded: {error}"
     return library

@@ -25,7 +25,7 @@ from em_kernels.ops.types import Divisor, Saved, Temperature, Upstream, Wanted
 
 # The machine code for these is read.
 READ = ("cuda:90", "cuda:100")
-# Rows of 8 KB to 1 MB, which have tiles of their own; a multiple of 8 that is none of 16; and an odd vocabulary.
+# Rows with blocks of each size; among them a multiple of 8 that is none of 16, and an odd vocabulary.
 ODD_VOCABULARY = 128_257
 VOCABULARIES = (4096, 32_000, 50_264, ODD_VOCABULARY, 151_936)
 # A batch in which the second sequence starts beyond 32 bits.
@@ -33,36 +33,42 @@ FAR_STRIDE = 2**31 + 2**20
 
 
 def usual_forms() -> Iterator[Form]:
-    """Makes every call in every dtype and tile, with its optional arguments and without."""
+    """Makes every call in every dtype and block, with its optional arguments and without."""
     few, one = FEW_ROWS
     for dtype in (torch.float32, torch.bfloat16):
         for vocab, rows in itertools.product(VOCABULARIES, (MANY_ROWS, few)):
             yield from call_forms(vocab, dtype, rows)
-        # Tiles shrink alike whatever the length of a row.
+        # Blocks shrink alike whatever the length of a row.
         yield from call_forms(VOCABULARIES[0], dtype, one)
         yield from call_forms(ODD_VOCABULARY, dtype, one)
-    # Rows of float16 have the tiles of bfloat16, and two of these show the arithmetic.
-    for vocab in (ODD_VOCABULARY, VOCABULARIES[-1]):
+    # Rows of float16 have the blocks of bfloat16, and three of these show the arithmetic.
+    for vocab in (50_264, ODD_VOCABULARY, VOCABULARIES[-1]):
         yield from call_forms(vocab, torch.float16, MANY_ROWS)
 
 
 def other_forms() -> Iterator[Form]:
-    """Makes calls whose machine code differs outside the loops over a row.
+    """Makes calls whose machine code differs outside of what goes through a row, and those of hidden states.
 
-    That is where the optional arguments are. They do not depend on each other or on the dtype, so all combinations of
-    them are compiled in one dtype.
+    Optional arguments are outside. They do not depend on each other or on the dtype, so all combinations of them are
+    compiled in one dtype.
     """
     for rows in (MANY_ROWS, FEW_ROWS[0]):
         yield from combinations(torch.bfloat16, VOCABULARIES[-1], rows)
     for dtype in DTYPES:
         yield from far_forms(dtype, 128 << 10)
+    yield from hidden_forms(VOCABULARIES[-1])
+    yield from hidden_forms(ODD_VOCABULARY)
 
 
 def combinations(dtype: torch.dtype, vocab: int, rows: int) -> Iterator[Form]:
     logits = empty_logits((1, rows, vocab), dtype)
     out, per_row = torch.empty_like(logits), torch.ones(rows, device="meta")
     # These are a load each before the loops, and compiled together or not at all.
-    together = ((Divisor(None, 2), Temperature(None, 1.5)), (Divisor(per_row.sum(), 2), Temperature(per_row)))
+    together = (
+        (Divisor(None, 2), Temperature(None, 1.5)),
+        (Divisor(per_row.sum(), 2), Temperature(per_row)),
+        (Divisor(of_weights=True), Temperature(per_row)),
+    )
     for weight, (divisor, temperature) in itertools.product((None, per_row.bool(), per_row), together):
         launch.entropy_with_gradient(logits, weight, divisor, temperature, out)
         yield Form("loss and gradient", dtype, vocab, rows, False)
@@ -93,6 +99,20 @@ def far_forms(dtype: torch.dtype, vocab: int) -> Iterator[Form]:
     launch.row_gradient(logits, saved, weight.long(), Upstream(weight, weight, weight, weight), gradient)
     launch.scale_(logits, torch.ones((), device="meta"))
     yield Form("everything, far", dtype, vocab, 132, False)
+
+
+def hidden_forms(vocab: int) -> Iterator[Form]:
+    """Makes the calls of the losses on hidden states: float32 logits in padded rows, a soft cap, 16-bit gradients."""
+    rows, padded = 128, -(-vocab // 64) * 64
+    logits = empty_logits((1, rows, padded), torch.float32)[..., :vocab]
+    out = empty_logits((1, rows, padded), torch.bfloat16)[..., :vocab]
+    weight = torch.ones(rows, device="meta")
+    for softcap in (None, 30.0):
+        launch.entropy_with_gradient(logits, weight, Divisor(weight.sum()), Temperature(None, 0.5), out, softcap)
+        everything = (logits, weight.bool(), Temperature(None, 0.5), weight.long(), Wanted(True, True), softcap)
+        _, saved = launch.row_statistics(*everything)
+        launch.row_gradient(logits, saved, weight.long(), Upstream(*[weight] * 4), out, softcap)
+        yield Form("hidden states", torch.float32, vocab, rows, False)
 
 
 def main(target: str) -> None:

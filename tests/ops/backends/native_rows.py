@@ -15,25 +15,40 @@ EVERYTHING = Wanted(second_moment=True, extra=True)
 
 
 def entropy_with_gradient(
-    logits: Tensor, token_weight: Tensor | None = None, temperature: float = 1.0, *, inplace: bool = False
+    logits: Tensor,
+    token_weight: Tensor | None = None,
+    temperature: float = 1.0,
+    *,
+    softcap: float | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """sum w H, and its gradient."""
-    out = logits if inplace else torch.empty(logits.shape)
-    loss = native.entropy_with_gradient(logits, token_weight, Divisor(), Temperature(common=temperature), out)
+    out = torch.empty_like(logits, memory_format=torch.contiguous_format) if out is None else out
+    loss = native.entropy_with_gradient(logits, token_weight, Divisor(), Temperature(common=temperature), out, softcap)
     return loss, out
 
 
 def row_statistics(
-    logits: Tensor, temperature: float = 1.0, kept: Tensor | None = None, target: Tensor | None = None
+    logits: Tensor,
+    temperature: float = 1.0,
+    kept: Tensor | None = None,
+    target: Tensor | None = None,
+    softcap: float | None = None,
 ) -> tuple[Statistics, Saved]:
-    return native.row_statistics(logits, kept, Temperature(common=temperature), target, EVERYTHING)
+    return native.row_statistics(logits, kept, Temperature(common=temperature), target, EVERYTHING, softcap)
 
 
 def row_gradient(
-    logits: Tensor, saved: Saved, upstream: Upstream, target: Tensor | None = None, *, inplace: bool = False
+    logits: Tensor,
+    saved: Saved,
+    upstream: Upstream,
+    target: Tensor | None = None,
+    *,
+    softcap: float | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    out = logits if inplace else torch.empty(logits.shape)
-    native.row_gradient(logits, saved, target, upstream, out)
+    out = torch.empty_like(logits, memory_format=torch.contiguous_format) if out is None else out
+    native.row_gradient(logits, saved, target, upstream, out, softcap)
     return out
 
 
@@ -74,11 +89,22 @@ class Exact(NamedTuple):
         return -inv_tau * self.d.exp() / self.s[:, None] * (finite(self.d) - (self.a / self.s)[:, None])
 
 
-def exact(logits: Tensor, inv_tau: float) -> Exact:
+def exact(logits: Tensor, inv_tau: float, softcap: float | None = None) -> Exact:
     z = logits.double()
+    z = z if softcap is None else capped(z, softcap)
     d = (z - z.amax(-1, keepdim=True)) * inv_tau
     e = d.exp()
     return Exact(d, e.sum(-1), (finite(d) * e).sum(-1), (finite(d) ** 2 * e).sum(-1), d.sum(-1), e.square().sum(-1))
+
+
+def capped(z: Tensor, softcap: float) -> Tensor:
+    return torch.where(z.isinf(), z, softcap * (z / softcap).tanh())
+
+
+def slope_of_cap(z: Tensor, softcap: float) -> Tensor:
+    """1 - tanh(z / c)^2, without the cancellation."""
+    e = (-2 * z.double().abs() / softcap).exp()
+    return 4 * e / (1 + e).square()
 
 
 def finite(d: Tensor) -> Tensor:
@@ -115,8 +141,21 @@ def assert_entropy_close(actual: Tensor, expected: Tensor) -> None:
     assert (actual >= 0).all()
 
 
-def assert_gradient_close(actual: Tensor, expected: Tensor, scale: float = 1.0) -> None:
-    """Within 2e-6 of each row's largest entry, given exponentials below the normal numbers' range count as 0."""
-    allowed = 2e-6 * expected.abs().amax(-1, keepdim=True) + 4e-36 * scale
+def assert_gradient_close(actual: Tensor, expected: Tensor, scale: float = 1.0, relative: float = 2e-6) -> None:
+    """Within `relative` of each row's largest entry, given exponentials below the normal numbers' range count as 0.
+
+    In 16 bits, within that or within a unit in the last place of the correctly rounded entry, whichever is more.
+    """
+    allowed = relative * expected.abs().amax(-1, keepdim=True) + 4e-36 * scale
+    if actual.dtype != torch.float32:
+        expected = expected.to(actual.dtype).double()
+        allowed = torch.maximum(allowed, unit_in_last_place(expected, actual.dtype))
     error = (actual.double() - expected).abs()
     assert (error <= allowed).all(), (error / allowed).max()
+
+
+def unit_in_last_place(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Of float64 numbers in the range of the dtype."""
+    info = torch.finfo(dtype)
+    exponent = values.abs().clamp(min=info.tiny).frexp().exponent.double() - 1
+    return exponent.exp2() * info.eps

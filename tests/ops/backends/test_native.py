@@ -10,6 +10,7 @@ from native_rows import (
     NAN,
     assert_entropy_close,
     assert_gradient_close,
+    capped,
     entropy_with_gradient,
     exact,
     finite,
@@ -17,6 +18,7 @@ from native_rows import (
     row_statistics,
     rows,
     saved_of,
+    slope_of_cap,
     tensors,
 )
 from torch import Tensor
@@ -29,6 +31,7 @@ REASON = native.unavailable_reason(CPU, torch.float32)
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 INSTRUCTIONS = ("baseline", "avx2", "avx512")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # One element, less than a vector of any instruction set, one whole vector, one element more than a block of 4096 holds
 # whole vectors of, many blocks.
 VOCABS = (1, 7, 16, 4099, 49152)
@@ -51,11 +54,17 @@ def threads():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("temperature", [0.01, 0.7, 1.0, 100.0], ids="tau{}".format)
-@pytest.mark.parametrize("offset", [0.0, 1e4, -1e4], ids="offset{}".format)
+# 16-bit logits are none but numbers of float32, whose offsets these test.
+INPUTS = [
+    *((torch.float32, offset, temperature) for offset in (0.0, 1e4, -1e4) for temperature in (0.01, 0.7, 1.0, 100.0)),
+    *((dtype, 0.0, temperature) for dtype in (torch.bfloat16, torch.float16) for temperature in (0.01, 0.7)),
+]
+
+
+@pytest.mark.parametrize(("dtype", "offset", "temperature"), INPUTS, ids=str)
 @pytest.mark.parametrize("vocab", VOCABS, ids="V{}".format)
-def test_entropy_and_gradient_are_accurate(instructions, vocab, offset, temperature):
-    logits = rows(vocab, offset, temperature)
+def test_entropy_and_gradient_are_accurate(instructions, vocab, dtype, offset, temperature):
+    logits = rows(vocab, offset, temperature).to(dtype)
     weight = torch.linspace(0.5, 2, len(logits))
     statistics, saved = row_statistics(logits[None], temperature)
     loss, grad = entropy_with_gradient(logits[None], weight, temperature)
@@ -66,6 +75,89 @@ def test_entropy_and_gradient_are_accurate(instructions, vocab, offset, temperat
     gradient = weight[:, None] * expected.entropy_gradient(1 / temperature)
     assert_gradient_close(grad[0], gradient, 1 / temperature)
     assert_gradient_close(from_saved[0], gradient, 1 / temperature)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab", VOCABS, ids="V{}".format)
+def test_capped_logits_are_accurate(instructions, vocab, dtype):
+    # Capped logits are rounded to float32. In a nearly uniform row, the gradient is made of their small differences.
+    cap, tau, relative = 2.0, 0.7, 4e-6
+    logits = rows(vocab, 0.5, 3.0).to(dtype)
+    weight, target = torch.linspace(0.5, 2, len(logits)), torch.full((len(logits),), vocab // 2)
+    statistics, saved = row_statistics(logits[None], tau, target=target, softcap=cap)
+    loss, grad = entropy_with_gradient(logits[None], weight, tau, softcap=cap)
+    from_saved = row_gradient(logits[None], saved, Upstream(entropy=weight), softcap=cap)
+    expected = exact(logits, 1 / tau, cap)
+    assert_entropy_close(statistics.entropy, expected.entropy)
+    torch.testing.assert_close(loss.double(), (weight * expected.entropy).sum(), rtol=2e-6, atol=5e-6)
+    slope = slope_of_cap(logits, cap)
+    gradient = slope * weight[:, None] * expected.entropy_gradient(1 / tau)
+    assert_gradient_close(grad[0], gradient, relative=relative)
+    assert_gradient_close(from_saved[0], gradient, relative=relative)
+
+    p, is_target = expected.d.exp() / expected.s[:, None], torch.nn.functional.one_hot(target, vocab).bool()
+    logprob = expected.d[is_target] - expected.s.log()
+    torch.testing.assert_close(statistics.logprob.double(), logprob, rtol=1e-6, atol=1e-6)
+    grad = row_gradient(logits[None], saved, Upstream(logprob=weight), target, softcap=cap)[0]
+    assert_gradient_close(grad, slope * weight[:, None] / tau * (is_target.double() - p), relative=relative)
+
+
+@pytest.mark.parametrize("cap", [1.0, 30.0], ids="cap{}".format)
+def test_soft_cap_and_its_slope_are_accurate(instructions, cap):
+    z = torch.cat([torch.linspace(-4, 4, 200_003), torch.logspace(-8, 1.5, 20_000)]) * cap
+    # Rows of one logit: the maximum is that logit, and the gradient of the log-sum-exp its slope.
+    sums = native.row_sums(z[None, :, None], None, Temperature(), None, Wanted(), cap)
+    expected = capped(z.double(), cap)
+    unit = expected.abs().frexp().exponent.double().sub(24).exp2()
+    assert ((sums.m.double() - expected).abs() / unit).max() < 1.5
+    slope = row_gradient(z[None, :, None], saved_of(sums.m), Upstream(lse=torch.ones(len(z))), softcap=cap)
+    torch.testing.assert_close(slope[0, :, 0].double(), slope_of_cap(z, cap), rtol=5e-7, atol=1e-37)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_number_of_16_bits_is_read_as_it_is(instructions, dtype):
+    z = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    m = native.row_sums(z[None, :, None], None, Temperature(), None, Wanted()).m
+    # Infinity makes its row NaN.
+    expected = torch.where(z == INF, NAN, z.float())
+    torch.testing.assert_close(m, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gradients_of_16_bits_are_rounded_to_the_nearest(instructions, dtype):
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int16)
+    here, after = bits.view(dtype).float(), (bits + 1).view(dtype).float()
+    between = (here + after) / 2
+    values = torch.cat([here, between, torch.nextafter(between, here), torch.nextafter(between, after)])
+    values = values[values.isfinite()]
+    values = torch.cat([values, torch.tensor([65519.9, 65520.0, 1e6, -3.4e38, INF, NAN])])
+    # The gradient of the log-sum-exp in a row of maxima is the upstream gradient.
+    logits, saved = torch.zeros(1, len(values), 17), saved_of(torch.zeros(len(values)))
+    grad = row_gradient(logits, saved, Upstream(lse=values), out=torch.empty_like(logits, dtype=dtype))
+    expected = values.to(dtype)[:, None].expand(-1, 17)
+    torch.testing.assert_close(grad[0], expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0], ids="cap{}".format)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab", [1, 7, 4099], ids="V{}".format)
+def test_narrower_gradient_in_a_padded_scratch_is_the_float32_gradient_rounded_once(
+    instructions, vocab, dtype, softcap
+):
+    logits = rows(vocab, 0.5, 1.0)[None]
+    count = logits.shape[1]
+    weight, target = torch.linspace(1, 2, count), torch.arange(count) % vocab
+    scratch = torch.full((1, count, vocab + 5), 7.0, dtype=dtype)
+    out = scratch[..., :vocab]
+    loss, grad = entropy_with_gradient(logits, weight, softcap=softcap)
+    narrow_loss, _ = entropy_with_gradient(logits, weight, softcap=softcap, out=out)
+    assert torch.equal(loss, narrow_loss)
+    assert torch.equal(out, grad.to(dtype))
+    _, saved = row_statistics(logits, target=target, softcap=softcap)
+    grad = row_gradient(logits, saved, Upstream(*[weight] * 4), target, softcap=softcap)
+    row_gradient(logits, saved, Upstream(*[weight] * 4), target, softcap=softcap, out=out)
+    assert torch.equal(out, grad.to(dtype))
+    assert (scratch[..., vocab:] == 7).all()
 
 
 @pytest.mark.parametrize("wanted", [Wanted(), Wanted(second_moment=True), Wanted(extra=True), EVERYTHING], ids=str)
@@ -182,8 +274,9 @@ def test_target_out_of_range_is_ignored_in_the_gradient_and_touches_no_other_row
 @pytest.mark.parametrize("fill", [0.5, -INF], ids=["finite", "banned"])
 @pytest.mark.parametrize("culprit", [NAN, INF], ids=str)
 @pytest.mark.parametrize("place", ["first", "middle", "last"])
-def test_nan_or_infinity_makes_its_row_nan_and_no_other(instructions, vocab, fill, culprit, place):
-    logits = torch.full((1, 3, vocab), fill)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nan_or_infinity_makes_its_row_nan_and_no_other(instructions, vocab, fill, culprit, place, dtype):
+    logits = torch.full((1, 3, vocab), fill, dtype=dtype)
     logits[0, ::2] = 1.0
     logits[0, 1, {"first": 0, "middle": vocab // 2, "last": vocab - 1}[place]] = culprit
     check_only_middle_row_is_nan(logits)
@@ -193,36 +286,46 @@ def test_nan_or_infinity_makes_its_row_nan_and_no_other(instructions, vocab, fil
         assert result[::2].isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nan_of_all_ones_is_nan_in_a_narrower_gradient(instructions, dtype):
+    logits = torch.full((1, 1, 17), 2**31 - 1, dtype=torch.int32).view(torch.float32)
+    _, grad = entropy_with_gradient(logits, out=torch.empty_like(logits, dtype=dtype))
+    assert grad.isnan().all()
+
+
 @pytest.mark.parametrize("vocab", VOCABS, ids="V{}".format)
-def test_row_without_any_token_left_is_nan(instructions, vocab):
-    logits = torch.ones(1, 3, vocab)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_row_without_any_token_left_is_nan(instructions, vocab, dtype):
+    logits = torch.ones(1, 3, vocab, dtype=dtype)
     logits[0, 1] = -INF
     check_only_middle_row_is_nan(logits)
 
 
 def check_only_middle_row_is_nan(logits: Tensor) -> None:
     last = torch.full((3,), logits.shape[-1] - 1)
-    for target in (None, 0 * last, last):
-        statistics, saved = row_statistics(logits, target=target)
-        from_saved = row_gradient(logits, saved, Upstream(entropy=torch.ones(3)))
-        _, grad = entropy_with_gradient(logits)
+    for target, softcap in ((None, None), (0 * last, None), (last, None), (last, 3.0)):
+        statistics, saved = row_statistics(logits, target=target, softcap=softcap)
+        from_saved = row_gradient(logits, saved, Upstream(entropy=torch.ones(3)), softcap=softcap)
+        _, grad = entropy_with_gradient(logits, softcap=softcap)
         for result in (statistics.entropy, statistics.lse, statistics.varentropy, grad[0], from_saved[0]):
             assert result[1].isnan().all()
             assert result[::2].isfinite().all()
         if target is not None:
-            of_target = row_gradient(logits, saved, Upstream(logprob=torch.ones(3)), target)[0]
+            of_target = row_gradient(logits, saved, Upstream(logprob=torch.ones(3)), target, softcap=softcap)[0]
             for result in (statistics.logprob, statistics.extra.T, of_target):
                 assert result[1].isnan().all()
                 assert result[::2].isfinite().all()
 
 
 @pytest.mark.parametrize("vocab", [7, 4099], ids="V{}".format)
-def test_banned_tokens_get_exactly_nothing(instructions, vocab):
-    logits = torch.randn(vocab)
+@pytest.mark.parametrize("softcap", [None, 3.0], ids="cap{}".format)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_banned_tokens_get_exactly_nothing(instructions, vocab, dtype, softcap):
+    logits = torch.randn(vocab).to(dtype)
     banned = torch.arange(vocab) % 3 == 0
-    loss, grad = entropy_with_gradient(torch.where(banned, -INF, logits)[None, None])
+    loss, grad = entropy_with_gradient(torch.where(banned, -INF, logits)[None, None], softcap=softcap)
     assert (grad[0, 0][banned] == 0).all()
-    torch.testing.assert_close(loss, entropy_with_gradient(logits[~banned][None, None])[0])
+    torch.testing.assert_close(loss, entropy_with_gradient(logits[~banned][None, None], softcap=softcap)[0])
 
 
 def test_certain_rows_have_no_entropy_and_uniform_rows_no_gradient(instructions):
@@ -258,7 +361,7 @@ def test_in_place_gradient_replaces_the_logits_of_a_slice_and_nothing_else():
     before = whole.clone()
     weight = torch.linspace(1, 2, 12)
     expected = entropy_with_gradient(whole[:, :-1], weight, 0.5)
-    actual = entropy_with_gradient(whole[:, :-1], weight, 0.5, inplace=True)
+    actual = entropy_with_gradient(whole[:, :-1], weight, 0.5, out=whole[:, :-1])
     assert all(map(torch.equal, actual, expected))
     assert actual[1].data_ptr() == whole.data_ptr()
     assert torch.equal(whole[:, -1], before[:, -1])
@@ -266,7 +369,7 @@ def test_in_place_gradient_replaces_the_logits_of_a_slice_and_nothing_else():
     target = torch.arange(12)
     _, saved = row_statistics(before[:, :-1], target=target)
     grad = row_gradient(before[:, :-1], saved, Upstream(*[weight] * 4), target)
-    row_gradient(before[:, :-1], saved, Upstream(*[weight] * 4), target, inplace=True)
+    row_gradient(before[:, :-1], saved, Upstream(*[weight] * 4), target, out=before[:, :-1])
     assert torch.equal(before[:, :-1], grad)
 
 
@@ -280,8 +383,9 @@ def test_temperature_of_each_row_is_that_of_the_row_alone():
             torch.testing.assert_close(of_all[..., i : i + 1], of_one, rtol=0, atol=0, equal_nan=True)
 
 
-def test_results_are_the_same_bits_for_any_number_of_threads(threads):
-    logits = torch.randn(1, 61, 16411)  # enough work for seven threads, in rows that do not divide evenly
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_results_are_the_same_bits_for_any_number_of_threads(threads, dtype):
+    logits = torch.randn(1, 61, 16411).to(dtype)  # enough work for seven threads, in rows that do not divide evenly
     weight, target = torch.rand(61), torch.randint(16411, (61,))
     results = []
     for count in (1, 2, 3, 7):
@@ -294,10 +398,11 @@ def test_results_are_the_same_bits_for_any_number_of_threads(threads):
         assert all(map(torch.equal, results[0], other))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("vocab", [49152, 49157], ids="V{}".format)
-def test_large_gradients_which_bypass_the_cache_are_those_of_small_ones(instructions, vocab):
-    count = (32 << 20) // (4 * vocab) + 1
-    logits = torch.randn(1, count, vocab)
+def test_large_gradients_which_bypass_the_cache_are_those_of_small_ones(instructions, vocab, dtype):
+    count = (32 << 20) // (dtype.itemsize * vocab) + 1
+    logits = torch.randn(1, count, vocab).to(dtype)
     weight = torch.rand(count)
     _, together = entropy_with_gradient(logits, weight)
     for i in range(count):
@@ -311,7 +416,7 @@ def test_offsets_beyond_32_bits():
     logits = torch.empty(stride + 16).as_strided((2, 1, 16), (stride, 16, 1))
     logits.copy_(torch.randn(2, 1, 16))
     expected = entropy_with_gradient(logits.contiguous())
-    actual = entropy_with_gradient(logits, inplace=True)
+    actual = entropy_with_gradient(logits, out=logits)
     assert all(map(torch.equal, actual, expected))
 
 

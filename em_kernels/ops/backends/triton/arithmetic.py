@@ -117,16 +117,21 @@ def move(sums, m, scale_hi, scale_lo, SECOND_MOMENT: tl.constexpr, EXTRA: tl.con
 
 @triton.jit
 def accumulate(sums, tiles, scale_hi, scale_lo, SECOND_MOMENT: tl.constexpr, EXTRA: tl.constexpr):
-    """The sums of each lane after a tuple of tiles of logits is added to them.
+    """The sums of each lane after a tuple of tiles of logits is added to them, which may be None for no sums.
 
     An absent column is -inf like a banned token, so a tile needs no mask: `count` and `sum_d` leave out every logit of
     -inf, and whoever wants them knows the number of columns.
     """
     COUNT: tl.constexpr = len(tiles)
-    m = sums[0]
-    for i in tl.static_range(COUNT):
+    m = tl.max(tiles[0], axis=1)
+    for i in tl.static_range(1, COUNT):
         m = tl.maximum(m, tl.max(tiles[i], axis=1))
-    m, s, a, b, count, sum_d, sum_e2 = move(sums, m, scale_hi, scale_lo, SECOND_MOMENT, EXTRA)
+    if sums is None:
+        s = tl.zeros_like(m)
+        a, b, count, sum_d, sum_e2 = s, s, s, s, s
+    else:
+        m = tl.maximum(m, sums[0])
+        m, s, a, b, count, sum_d, sum_e2 = move(sums, m, scale_hi, scale_lo, SECOND_MOMENT, EXTRA)
     for i in tl.static_range(COUNT):
         z = tiles[i]
         d, e = exponential(z, m[:, None], scale_hi, scale_lo)
@@ -150,13 +155,20 @@ def unite(sums, scale_hi, scale_lo, SECOND_MOMENT: tl.constexpr, EXTRA: tl.const
     """The sums of the whole from vectors of the parts' sums."""
     m = tl.max(sums[0], axis=0)
     m, s, a, b, count, sum_d, sum_e2 = move(sums, m, scale_hi, scale_lo, SECOND_MOMENT, EXTRA)
+    # One reduction of both waits for the threads half as often as two.
+    s, a = tl.reduce((s, a), 0, _add_pairs)
     if SECOND_MOMENT:
         b = tl.sum(b, axis=0)
     if EXTRA:
         count = tl.sum(count, axis=0)
         sum_d = tl.where(m == -float("inf"), 0.0, tl.sum(sum_d, axis=0))
         sum_e2 = tl.sum(sum_e2, axis=0)
-    return m, tl.sum(s, axis=0), tl.sum(a, axis=0), b, count, sum_d, sum_e2
+    return m, s, a, b, count, sum_d, sum_e2
+
+
+@triton.jit
+def _add_pairs(s, a, other_s, other_a):
+    return s + other_s, a + other_a
 
 
 @triton.jit

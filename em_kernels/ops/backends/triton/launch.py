@@ -27,19 +27,20 @@ from em_kernels.ops.types import Divisor, Saved, Statistics, Sums, Temperature, 
 # A thread's load is 16 bytes, the widest there is.
 _VECTOR_BYTES = 16
 _THREADS_PER_WARP = 64 if torch.version.hip else 32
-# Enough warps to hide latency in, and few enough that what a program does once is little beside its elements.
-_THREADS = 256
-# A block of 32 KB or 16 KB: loads of a thread that are under way at once. The registers of 8 loads leave room for four
-# programs on a multiprocessor, 128 KB under way; Little's law asks for 32 KB at 4.8 TB/s and a latency of 900 ns.
-_LARGEST_FUSED, _LARGEST_STREAMED = 8, 4
-# Registers of a thread so that four programs share a multiprocessor's 65,536; three where rows are misaligned, which
-# takes a few more.
-_REGISTERS, _REGISTERS_MISALIGNED = 64, 80
+# Few threads of many elements each: what a program does once is then little beside its elements.
+_THREADS = 128
+# A block is at most 32 KB, 16 loads of a thread that are under way at once; where a kernel loops over blocks, 8. Five
+# programs a multiprocessor have 160 KB under way at most. Little's law asks for 32 KB at 4.8 TB/s and a latency of 900
+# ns, and a program has loads under way for about a quarter of its time.
+_LARGEST_FUSED, _LARGEST_STREAMED = 16, 8
+# Registers of a thread so that five programs of 128 threads share the 65,536 of a multiprocessor; four where rows are
+# misaligned, because their ends are more code.
+_REGISTERS, _REGISTERS_MISALIGNED = 96, 112
 # Splits of a row are united by one program from one vector of this many parts: about one a multiprocessor.
 _MAX_SPLITS = 128
 # Programs per multiprocessor that keep enough loads in flight; fewer rows than this are split.
 _PROGRAMS_PER_MULTIPROCESSOR = 4
-# What lies between the two readings of a row in the fused kernel. 132 multiprocessors of four programs have 17 MB under
+# What lies between the two readings of a row in the fused kernel. 132 multiprocessors of five programs have 21 MB under
 # way, half of it sums; so the sums of a row were drawn, and nearly always done, long before its gradient asks for them.
 # Together they are half of an H100's second-level cache.
 _LAG_BYTES = 12 << 20
@@ -74,13 +75,20 @@ class _Block(NamedTuple):
 def _block(logits: Tensor, largest: int) -> _Block:
     """The largest block that pads rows by no more than an eighth and gives every multiprocessor one."""
     smallest = _Block(1, logits.element_size())
-    unrolls = [unroll for unroll in (8, 4, 2) if unroll <= largest]
+    unrolls = [unroll for unroll in (16, 8, 4, 2) if unroll <= largest]
     for block in (_Block(unroll, smallest.itemsize) for unroll in unrolls):
         blocks = block.a_row(logits)
         is_padded = 8 * blocks * block.columns > 9 * smallest.a_row(logits) * smallest.columns
         if not is_padded and blocks * row_count(logits) >= _multiprocessors(logits.device):
             return block
     return smallest
+
+
+def _fused(logits: Tensor) -> tuple[_Block, int]:
+    """The block of the fused kernel, and the registers that its threads may have."""
+    if _misaligned(logits) is None:
+        return _block(logits, _LARGEST_FUSED), _REGISTERS
+    return _block(logits, _LARGEST_STREAMED), _REGISTERS_MISALIGNED
 
 
 def row_sums(
@@ -192,7 +200,7 @@ def entropy_with_gradient(
     rows = row_count(logits)
     if rows == 0:
         return logits.new_zeros((), dtype=torch.float32)
-    block = _block(logits, _LARGEST_FUSED)
+    block, registers = _fused(logits)
     parts = block.a_row(logits)
     sum_weights = divisor.of_weights and token_weight is not None
     counters = logits.new_zeros(FIRST_COUNTER.value + rows, dtype=torch.int32)
@@ -211,15 +219,14 @@ def entropy_with_gradient(
             **_addressing(logits),
             **_addressing_of_out(out, logits),
             rows=rows,
-            parts=parts,
             lag=min(rows, triton.cdiv(_LAG_BYTES, logits.shape[2] * logits.element_size())),
             inverse_count=1.0 / divisor.number,
             **_exponent_scale(temperature),
             softcap=softcap,
             SUM_WEIGHTS=sum_weights,
-            MAX_PARTS=max(_THREADS_PER_WARP, triton.next_power_of_2(parts)),
+            PARTS=parts,
             **block.arguments(),
-            **_register_limit(logits),
+            **({} if torch.version.hip else {"maxnreg": registers}),
         )
     return loss
 
@@ -299,14 +306,16 @@ def _exponent_scale(temperature: Temperature) -> dict[str, Any]:
 
 def _addressing(logits: Tensor) -> dict[str, int | None]:
     """What locates a row."""
-    shape = {"inner": logits.shape[1], "vocab": logits.shape[2]}
-    return {**shape, **_strides(logits), "misaligned": _misaligned(logits)}
+    inner = logits.shape[1] if logits.shape[0] > 1 else None
+    return {"inner": inner, "vocab": logits.shape[2], **_strides(logits), "misaligned": _misaligned(logits)}
 
 
-def _addressing_of_out(out: Tensor, logits: Tensor) -> dict[str, int | None]:
-    """What locates a row of the gradient, whose vectors have as many elements as those of the logits."""
-    located = {**_strides(out), "misaligned": _misaligned(out, _VECTOR_BYTES // logits.element_size())}
-    return {f"out_{name}": value for name, value in located.items()}
+def _addressing_of_out(out: Tensor, logits: Tensor) -> dict[str, int | bool]:
+    """What locates a row of the gradient, and whether its vectors are where those of the logits are."""
+    vector = _VECTOR_BYTES // logits.element_size()
+    places = [(x.data_ptr() // x.element_size(), *_strides(x).values()) for x in (logits, out)]
+    congruent = all((a - b) % vector == 0 for a, b in zip(*places, strict=True))
+    return {**{f"out_{name}": stride for name, stride in _strides(out).items()}, "CONGRUENT": congruent}
 
 
 def _strides(logits: Tensor) -> dict[str, int]:
@@ -317,18 +326,12 @@ def _strides(logits: Tensor) -> dict[str, int]:
     }
 
 
-def _misaligned(logits: Tensor, vector: int = 0) -> int | None:
+def _misaligned(logits: Tensor) -> int | None:
     """Elements between the last boundary of a vector and the first element; None where every row is whole vectors."""
-    vector = vector or _VECTOR_BYTES // logits.element_size()
+    vector = _VECTOR_BYTES // logits.element_size()
     before = logits.data_ptr() // logits.element_size() % vector
     whole = not before and not any(size % vector for size in (logits.shape[2], *_strides(logits).values()))
     return None if whole else before
-
-
-def _register_limit(logits: Tensor) -> dict[str, int]:
-    if torch.version.hip:
-        return {}
-    return {"maxnreg": _REGISTERS if _misaligned(logits) is None else _REGISTERS_MISALIGNED}
 
 
 @functools.cache

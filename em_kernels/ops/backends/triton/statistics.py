@@ -42,8 +42,9 @@ from em_kernels.ops.backends.triton.tiles import (
     find_row,
     first_element,
     load_block,
+    places_in,
     places_of_tile,
-    store_tile,
+    store_block,
     store_zeros,
     widened,
 )
@@ -205,7 +206,7 @@ def coefficients_kernel(
     tl.store(coefficients + plane, linear * over_s, mask=kept)
 
 
-@triton.jit(do_not_specialize=["inner", "misaligned", "out_misaligned", "rows"])
+@triton.jit(do_not_specialize=["inner", "misaligned", "rows"])
 def row_gradient_kernel(
     logits,
     saved,
@@ -219,7 +220,7 @@ def row_gradient_kernel(
     misaligned,
     out_outer_stride,
     out_inner_stride,
-    out_misaligned,
+    CONGRUENT: tl.constexpr,
     rows,
     softcap,
     SECOND_MOMENT: tl.constexpr,
@@ -228,44 +229,60 @@ def row_gradient_kernel(
     VECTOR: tl.constexpr,
 ):
     """A program a block of a row; `target` is None where the loss does not use the log-probability."""
-    TILE: tl.constexpr = LANES * VECTOR
     row = tl.program_id(0).to(tl.int64)
     plane = rows.to(tl.int64)
-    start = tl.program_id(1) * (TILE * UNROLL)
+    start = tl.program_id(1) * (LANES * UNROLL * VECTOR)
     at = find_row(logits, row, inner, outer_stride, inner_stride, vocab, misaligned, VECTOR)
-    out_at = find_row(out, row, inner, out_outer_stride, out_inner_stride, vocab, out_misaligned, VECTOR)
+    out = places_in(out, row, inner, out_outer_stride, out_inner_stride, at, VECTOR, CONGRUENT)
     saved += row
     scale_hi = tl.load(saved + 5 * plane)
     if scale_hi == 0:
-        store_zeros(out_at, at, start, LANES, UNROLL, VECTOR)
+        store_zeros(out, at, start, LANES, UNROLL, VECTOR, CONGRUENT)
         return
     tiles = load_block(at, start, LANES, UNROLL, VECTOR, False)
-    EXACT: tl.constexpr = logits.dtype.element_ty == tl.float32
-    scale_lo = tl.load(saved + 6 * plane) if EXACT else None
     m = tl.load(saved)
     mean_d = tl.load(saved + 2 * plane) * LOG2_E
     coefficients += row
     constant = tl.load(coefficients)
     linear = tl.load(coefficients + plane) * LOG_2
-    quadratic = None
+    # What rounding lost of the scale matters to float32 logits only.
+    EXACT: tl.constexpr = logits.dtype.element_ty == tl.float32
+    if EXACT:
+        scale_lo = tl.load(saved + 6 * plane)
+    else:
+        scale_lo: tl.constexpr = None
     if SECOND_MOMENT:
         quadratic = tl.load(coefficients + 2 * plane) * (LOG_2 * LOG_2)
+    else:
+        quadratic: tl.constexpr = None
     if target is not None:
         column = tl.load(target + row)
+        z_t = target_logit(first_element(at), column, vocab, softcap)
+        target_constant = tl.load(coefficients + 3 * plane)
+        alpha = tl.load(coefficients + 4 * plane)
         # A target outside [0, V) is another rank's, and no tile holds it.
-        place = target_place(at, column, vocab)
-    for i in tl.static_range(UNROLL):
-        z, slope = capped(widened(tiles[i]), softcap)
-        gradient = tile_gradient(z, m, scale_hi, scale_lo, mean_d, constant, linear, quadratic)
-        if target is not None:
-            if (place >= start + i * TILE) & (place < start + (i + 1) * TILE):
-                z_t = target_logit(first_element(at), column, vocab, softcap)
-                target_constant = tl.load(coefficients + 3 * plane)
-                alpha = tl.load(coefficients + 4 * plane)
-                at_target = tile_gradient(z_t, m, scale_hi, scale_lo, mean_d, target_constant, linear, quadratic)
-                is_target = places_of_tile(start + i * TILE, LANES, VECTOR) == place
-                gradient = tl.where(is_target, at_target + alpha, gradient)
-        store_tile(out_at, at, start, i * TILE, gradient * slope, LANES, VECTOR)
+        of_target = (target_place(at, column, vocab), z_t, target_constant, alpha)
+    else:
+        of_target: tl.constexpr = None
+    of_row = (m, scale_hi, scale_lo, mean_d, constant, linear, quadratic, softcap)
+    store_block(out, at, start, tiles, statistics_gradient, (of_row, of_target), LANES, VECTOR, CONGRUENT)
+
+
+@triton.jit
+def statistics_gradient(z, start, arguments):
+    """The gradient of a mix of a row's statistics at the tile z, whose first place is `start`."""
+    of_row, of_target = arguments
+    m, scale_hi, scale_lo, mean_d, constant, linear, quadratic, softcap = of_row
+    z, slope = capped(z, softcap)
+    gradient = tile_gradient(z, m, scale_hi, scale_lo, mean_d, constant, linear, quadratic)
+    if of_target is not None:
+        place, z_t, target_constant, alpha = of_target
+        LANES: tl.constexpr = z.shape[0]
+        VECTOR: tl.constexpr = z.shape[1]
+        if (place >= start) & (place < start + LANES * VECTOR):
+            at_target = tile_gradient(z_t, m, scale_hi, scale_lo, mean_d, target_constant, linear, quadratic) + alpha
+            gradient = tl.where(places_of_tile(start, LANES, VECTOR) == place, at_target, gradient)
+    return gradient * slope
 
 
 @triton.jit
@@ -310,7 +327,7 @@ def row_sums(
 @triton.jit
 def logits_of(tiles, FIRST: tl.constexpr, COUNT: tl.constexpr, softcap):
     """The logits of COUNT tiles that `load_block` has loaded, from the tile FIRST on, capped."""
-    logits: tuple = ()
+    logits = ()
     for i in tl.static_range(COUNT):
         logits = logits + (capped(widened(tiles[FIRST + i]), softcap)[0],)
     return logits
@@ -320,7 +337,7 @@ def logits_of(tiles, FIRST: tl.constexpr, COUNT: tl.constexpr, softcap):
 def without(tiles, start, place, LANES: tl.constexpr, VECTOR: tl.constexpr):
     """A block's tiles of logits with -inf at a place."""
     COUNT: tl.constexpr = len(tiles)
-    others: tuple = ()
+    others = ()
     for i in tl.static_range(COUNT):
         is_place = places_of_tile(start + i * (LANES * VECTOR), LANES, VECTOR) == place
         others = others + (tl.where(is_place, -float("inf"), tiles[i]),)

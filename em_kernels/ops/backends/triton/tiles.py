@@ -9,8 +9,10 @@ A block within the row is loaded and stored without a mask. Where an end of the 
 holds an element of the row is loaded, which reaches no further than to the next boundary; vectors that the row fills
 are stored whole, and the elements of the vector at each end one at a time.
 
-`misaligned` of a tensor is the number of elements between a boundary and its first element. None says that all rows
+`misaligned` of logits is the number of elements between a boundary and their first element. None says that all rows
 begin and end at boundaries, as those of most models do, and leaves out what other rows need; `begin` is then None.
+CONGRUENT says that the rows of a second tensor lie between their boundaries as those of the first do. Where they do
+not, its elements are stored one at a time.
 """
 
 import triton
@@ -22,15 +24,33 @@ _HIGH_INFINITY: tl.constexpr = tl.constexpr(0xFF800000)
 
 
 @triton.jit
+def row_offset(row, inner, outer_stride, inner_stride):
+    """The offset of a row in a tensor of shape (outer, inner, V), in 64 bits; `inner` is None where `outer` is 1."""
+    if inner is None:
+        return row.to(tl.int64) * inner_stride
+    else:
+        return (row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * inner_stride
+
+
+@triton.jit
 def find_row(tensor, row, inner, outer_stride, inner_stride, vocab, misaligned, VECTOR: tl.constexpr):
-    """(address, begin, end) of a row of a tensor of shape (outer, inner, V); the offset of the row is in 64 bits."""
-    offset = (row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * inner_stride
+    """(address, begin, end) of a row of a tensor of shape (outer, inner, V)."""
+    offset = row_offset(row, inner, outer_stride, inner_stride)
     BYTES: tl.constexpr = VECTOR * tensor.dtype.element_ty.primitive_bitwidth // 8
     if misaligned is None:
         return tl.multiple_of(tensor + offset, BYTES), None, vocab
     else:
         begin = ((offset + misaligned) % VECTOR).to(tl.int32)
         return tl.multiple_of(tensor + (offset - begin), BYTES), begin, begin + vocab
+
+
+@triton.jit
+def places_in(tensor, row, inner, outer_stride, inner_stride, source, VECTOR: tl.constexpr, CONGRUENT: tl.constexpr):
+    """The address in a second tensor that the places of a row, found in the first as `source`, are counted from."""
+    BYTES: tl.constexpr = VECTOR * tensor.dtype.element_ty.primitive_bitwidth // 8 if CONGRUENT else 1
+    offset = row_offset(row, inner, outer_stride, inner_stride)
+    _, begin, _ = source
+    return tl.multiple_of(tensor + (offset if begin is None else offset - begin), BYTES)
 
 
 @triton.jit
@@ -80,7 +100,7 @@ def _load_tiles(
     WITHIN: tl.constexpr,
     EVICT: tl.constexpr,
 ):
-    tiles: tuple = ()
+    tiles = ()
     for i in tl.static_range(UNROLL):
         tiles = tiles + (_load_tile(row, start, i * (LANES * VECTOR), LANES, VECTOR, WITHIN, EVICT),)
     return tiles
@@ -133,35 +153,90 @@ def widened(tile):
 
 
 @triton.jit
-def store_tile(row, source, start, SKIP: tl.constexpr, values, LANES: tl.constexpr, VECTOR: tl.constexpr):
-    """Stores what was computed of the tile at place `start` + SKIP of the row `source` at the same columns of a row."""
-    address, begin, end = row
-    _, source_begin, source_end = source
-    values = values.to(address.dtype.element_ty)
-    pointers = address + places_of_tile(start, LANES, VECTOR) + SKIP
-    vectors = vectors_of_tile(start, LANES, VECTOR) + SKIP
-    if begin is None and source_begin is None:
-        # The gradient is not read again soon, and the logits are: .cs lets the caches drop the gradient first.
-        tl.store(pointers, values, mask=vectors < end, cache_modifier=".cs")
+def store_block(
+    address,
+    row,
+    start,
+    tiles,
+    FUNCTION: tl.constexpr,
+    arguments,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    CONGRUENT: tl.constexpr,
+):
+    """Stores FUNCTION(z, place, arguments) for a block of `row` at place `start`, with places counted from `address`.
+
+    z are the float32 logits of one of the `tiles`, and `place` is its first.
+    """
+    COUNT: tl.constexpr = len(tiles)
+    _, begin, end = row
+    if begin is None or not CONGRUENT:
+        _store_tiles(address, row, start, tiles, FUNCTION, arguments, LANES, VECTOR, CONGRUENT, False)
+    elif (start >= begin) & (start + LANES * VECTOR * COUNT <= end):
+        # A loop of its own, because the masks of the other one are arithmetic for each element.
+        _store_tiles(address, row, start, tiles, FUNCTION, arguments, LANES, VECTOR, CONGRUENT, True)
     else:
-        begin = 0 if begin is None else begin
-        source_begin = 0 if source_begin is None else source_begin
-        # The two rows may lie differently between two boundaries: then no vector is stored whole.
-        shift = begin - source_begin
-        within = (start + SKIP >= source_begin) & (start + SKIP + LANES * VECTOR <= source_end)
-        if within & (shift == 0):
-            tl.store(pointers, values, cache_modifier=".cs")
-        else:
-            whole = (vectors >= source_begin) & (vectors + VECTOR <= source_end) & (shift == 0)
-            tl.store(pointers, values, mask=whole, cache_modifier=".cs")
-            places = places_of_tile(start + SKIP, LANES, VECTOR)
-            single = (places >= source_begin) & (places < source_end) & ~whole
-            tl.store(address + (places + shift), values, mask=single)
+        _store_tiles(address, row, start, tiles, FUNCTION, arguments, LANES, VECTOR, CONGRUENT, False)
 
 
 @triton.jit
-def store_zeros(row, source, start, LANES: tl.constexpr, UNROLL: tl.constexpr, VECTOR: tl.constexpr):
-    """Stores 0 at the columns of a block of the row `source`."""
+def _store_tiles(
+    address,
+    row,
+    start,
+    tiles,
+    FUNCTION: tl.constexpr,
+    arguments,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    CONGRUENT: tl.constexpr,
+    WITHIN: tl.constexpr,
+):
+    COUNT: tl.constexpr = len(tiles)
+    pointers = address + places_of_tile(start, LANES, VECTOR)
+    for i in tl.static_range(COUNT):
+        skip = i * (LANES * VECTOR)
+        values = FUNCTION(widened(tiles[i]), start + skip, arguments).to(address.dtype.element_ty)
+        _store_tile(pointers + skip, row, start + skip, values, LANES, VECTOR, CONGRUENT, WITHIN)
+
+
+@triton.jit
+def _store_tile(
+    pointers,
+    row,
+    start,
+    values,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    CONGRUENT: tl.constexpr,
+    WITHIN: tl.constexpr,
+):
+    _, begin, end = row
+    vectors = vectors_of_tile(start, LANES, VECTOR)
+    # The gradient is not read again soon, and the logits are: .cs lets the caches drop the gradient first.
+    if WITHIN:
+        tl.store(pointers, values, cache_modifier=".cs")
+    elif begin is None and CONGRUENT:
+        tl.store(pointers, values, mask=vectors < end, cache_modifier=".cs")
+    else:
+        places = places_of_tile(start, LANES, VECTOR)
+        exists = places < end
+        if begin is not None:
+            exists = exists & (places >= begin)
+        if CONGRUENT:
+            whole = (vectors >= begin) & (vectors + VECTOR <= end)
+            tl.store(pointers, values, mask=whole, cache_modifier=".cs")
+            exists = exists & ~whole
+        tl.store(pointers, values, mask=exists)
+
+
+@triton.jit
+def store_zeros(
+    address, row, start, LANES: tl.constexpr, UNROLL: tl.constexpr, VECTOR: tl.constexpr, CONGRUENT: tl.constexpr
+):
+    """Stores 0 where a block of `row` has its places, counted from `address`."""
+    pointers = address + places_of_tile(start, LANES, VECTOR)
+    zeros = tl.zeros([LANES, VECTOR], address.dtype.element_ty)
     for i in tl.static_range(UNROLL):
-        zeros = tl.zeros([LANES, VECTOR], tl.float32)
-        store_tile(row, source, start, i * (LANES * VECTOR), zeros, LANES, VECTOR)
+        skip = i * (LANES * VECTOR)
+        _store_tile(pointers + skip, row, start + skip, zeros, LANES, VECTOR, CONGRUENT, False)

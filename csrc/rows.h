@@ -1,0 +1,64 @@
+// The rows of logits and of their gradient in memory.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "dtypes.h"
+
+namespace {
+
+// Row r starts (r / inner) * outer_stride + (r % inner) * inner_stride numbers after `first`.
+template <class Pointer>
+struct Rows {
+  Pointer first;
+  Dtype dtype;
+  int64_t inner, outer_stride, inner_stride;
+
+  Pointer operator[](int64_t r) const {
+    return element(first, (r / inner) * outer_stride + (r % inner) * inner_stride, dtype);
+  }
+};
+
+using Logits = Rows<const void*>;
+using Gradient = Rows<void*>;
+
+// A gradient this large lies on pages that the allocator has just mapped: glibc takes larger allocations from the kernel,
+// always.
+constexpr int64_t kLargeGradient = int64_t{32} << 20;
+constexpr int64_t kHugePage = int64_t{2} << 20;
+
+// How many rows a thread takes at a time: 2^14 elements or a row, whichever is more.
+inline int64_t rows_at_a_time(int64_t vocab) {
+  return std::max<int64_t>(1, (int64_t{1} << 14) / std::max<int64_t>(1, vocab));
+}
+
+// How the rows of a gradient are written.
+struct Writing {
+  bool past_cache;
+  int64_t rows_at_a_time;
+
+  Writing(const Logits& logits, const Gradient& out, int64_t rows, int64_t vocab, int threads)
+      : past_cache(false), rows_at_a_time(::rows_at_a_time(vocab)) {
+    if (rows == 0 || out.first == logits.first) return;
+    const char* const first = static_cast<const char*>(out.first);
+    const char* const end = static_cast<const char*>(element(out[rows - 1], vocab, out.dtype));
+    if (end - first < kLargeGradient) return;
+    past_cache = true;
+#if defined(__linux__)
+    constexpr uintptr_t page = 4096;
+    const uintptr_t from = (reinterpret_cast<uintptr_t>(first) + page - 1) / page * page;
+    const uintptr_t to = reinterpret_cast<uintptr_t>(end) / page * page;
+    madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);  // Advice: a kernel that refuses loses only speed.
+#endif
+    const int64_t rows_of_page = kHugePage / std::max<int64_t>(1, vocab * size_of(out.dtype)) + 1;
+    rows_at_a_time = std::max(rows_at_a_time, std::min(rows_of_page, rows / (4 * threads)));
+  }
+};
+
+}  // namespace
