@@ -58,7 +58,8 @@ def linear_entropy_loss(
         grad_tolerance: entries of the logits' gradient, before the division by sum(w), that may be left out of the
             gradients; see below. 0 leaves out nothing.
         logits_dtype: None and torch.float32 keep the float32 result of a 16-bit matmul unrounded. The dtype of 16-bit
-            hidden states rounds it, for a third of the scratch and an error of some per cent in both gradients.
+            hidden states rounds it, for half to two thirds of the memory of a chunk and an error of some per cent in
+            both gradients.
         token_count: the number of this rank's tokens whose mask is not 0, where the caller knows it as an int: a GPU
             then leaves masked tokens out of the matmuls, too, without a synchronisation. A wrong count raises where the
             host sees the mask, and makes NaN of the result elsewhere.
@@ -90,9 +91,9 @@ def linear_entropy_loss(
         |error of hidden.grad[i, k]| <= grad_tolerance / S * sum_j |weight[j, k]|
         |error of weight.grad[j, k]| <= grad_tolerance / S * sum_i |hidden[i, k]|
 
-    With "none", u is the largest |w * upstream gradient| of a token. The loss and the gradient of bias are exact. On a
-    GPU the number of rows and columns left costs a synchronisation a chunk. Nothing is left out of a chunk where more
-    than half of it would stay.
+    With "none", u is the largest |w * upstream gradient| of a token. Neither the loss nor the gradient of bias lacks
+    anything. On a GPU the number of rows and columns left costs a synchronisation a chunk. Nothing is left out of a
+    chunk where more than half of it would stay.
     """
     operands = operands_of(
         hidden, weight, bias, softcap=softcap, logits_dtype=logits_dtype, process_group=process_group

@@ -17,7 +17,7 @@ from em_kernels.one_shot.policy import Policy
 from em_kernels.one_shot.policy.head import find_head
 from em_kernels.one_shot.policy.model import checkpoint_activations
 from em_kernels.one_shot.policy.rollout import Rollout
-from em_kernels.ops.backends import torch as pytorch
+from em_kernels.ops import logits as logits_operators
 from em_kernels.ops.hidden import matmul
 
 TAU = 0.5
@@ -162,8 +162,8 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_gradients(
 
         monkeypatch.setattr(module, name, watched)
 
-    # The entropy is computed from these blocks of logits, or from the logits that these hidden states make.
-    watch(pytorch, "_blocks")
+    # The entropy is computed from these logits, or from the logits that these hidden states make.
+    watch(logits_operators, "entropy_with_gradient")
     watch(matmul, "project")
     other, gradients = _accumulate(_for_loss(loss, policy, "bfloat16"), rollout)
     assert set(dtypes) == {torch.bfloat16}

@@ -45,7 +45,7 @@ def project(h: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None
     else:
         wide = h.to(out.dtype)
         for columns in _parts(len(weight)):
-            out[:, columns] = wide @ weight[columns].to(out.dtype).t()
+            torch.mm(wide, weight[columns].to(out.dtype).t(), out=out[:, columns])
     if bias is not None:
         out += bias
 
