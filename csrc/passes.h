@@ -6,7 +6,7 @@
 namespace {
 namespace EM_NAMESPACE {
 
-// Of the capped logits: makes the values and, where wanted, the slopes of n <= kBlock logits.
+// Makes floats of n <= kBlock logits: of the capped logits, with the slopes of the cap where wanted, or of the logits.
 EM_INLINE void widen_block(const void* z, int64_t n, Dtype dtype, Softcap cap, bool capped, float* values,
                            float* slopes) {
   const auto put = [&](int64_t i, Float v) __attribute__((always_inline)) {

