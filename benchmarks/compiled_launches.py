@@ -79,6 +79,7 @@ def compile_launches(name: str) -> list[Launch]:
     target = TARGETS[name]
     triton.runtime.driver.set_active(_Driver(target.gpu))
     launch._THREADS_PER_WARP = target.gpu.warp_size
+    launch._LIMITS_REGISTERS = target.gpu.backend == "cuda"
     launch._multiprocessors = lambda device: target.multiprocessors
     launches: list[Launch] = []
     found: dict[str, Compiled] = {}

@@ -146,7 +146,7 @@ def table_choice(kernel: str, logits: Tensor) -> Choice:
 
     if kernel != "fused":
         return Choice(launch._THREADS, launch._block(logits, launch._LARGEST_STREAMED).unroll)
-    block, registers = launch._fused(logits)
+    block, registers = launch._fused(logits, logits)
     return Choice(launch._THREADS, block.unroll, _lag(logits, launch._LAG_BYTES), registers)
 
 
@@ -176,11 +176,11 @@ def _chosen(choice: Choice, logits: Tensor) -> Any:
 
     values: dict[str, Any] = {
         "_THREADS": choice.threads,
-        "_block": lambda logits, largest: launch._Block(choice.unroll, logits.element_size()),
+        "_block": lambda logits, largest: launch._Block(choice.unroll, logits.element_size(), launch._width(logits)),
     }
     if choice.lag is not None:
         values["_LAG_BYTES"] = choice.lag * _row_bytes(logits)
-        values["_fused"] = lambda logits: (launch._block(logits, 0), choice.registers)
+        values["_fused"] = lambda logits, out: (launch._block(logits, 0), choice.registers)
     return patch.multiple(launch, **values)
 
 

@@ -36,8 +36,10 @@ def usual_forms() -> Iterator[Form]:
     """Makes every call in every dtype and block, with its optional arguments and without."""
     few, one = FEW_ROWS
     for dtype in (torch.float32, torch.bfloat16):
-        for vocab, rows in itertools.product(VOCABULARIES, (MANY_ROWS, few)):
-            yield from call_forms(vocab, dtype, rows)
+        for vocab in VOCABULARIES:
+            yield from call_forms(vocab, dtype, MANY_ROWS)
+        for vocab in VOCABULARIES[-2:]:
+            yield from call_forms(vocab, dtype, few)
         # Blocks shrink alike whatever the length of a row.
         yield from call_forms(VOCABULARIES[0], dtype, one)
         yield from call_forms(ODD_VOCABULARY, dtype, one)

@@ -27,15 +27,17 @@ from em_kernels.ops.types import Divisor, Saved, Statistics, Sums, Temperature, 
 # A thread's load is 16 bytes, the widest there is.
 _VECTOR_BYTES = 16
 _THREADS_PER_WARP = 64 if torch.version.hip else 32
+# Triton takes a limit on registers for NVIDIA's GPUs alone.
+_LIMITS_REGISTERS = torch.version.hip is None
 # Few threads of many elements each: what a program does once is then little beside its elements.
 _THREADS = 128
 # A block is at most 32 KB, 16 loads of a thread that are under way at once; where a kernel loops over blocks, 8. Five
 # programs a multiprocessor have 160 KB under way at most. Little's law asks for 32 KB at 4.8 TB/s and a latency of 900
 # ns, and a program has loads under way for about a quarter of its time.
 _LARGEST_FUSED, _LARGEST_STREAMED = 16, 8
-# Registers of a thread so that five programs of 128 threads share the 65,536 of a multiprocessor; four where rows are
-# misaligned, because their ends are more code.
-_REGISTERS, _REGISTERS_MISALIGNED = 96, 112
+# Registers of a thread so that five programs of 128 threads share the 65,536 of a multiprocessor; and four, where the
+# ends of misaligned rows, or stores of another width than the loads, are more code.
+_REGISTERS, _MORE_REGISTERS = 96, 112
 # Splits of a row are united by one program from one vector of this many parts: about one a multiprocessor.
 _MAX_SPLITS = 128
 # Programs per multiprocessor that keep enough loads in flight; fewer rows than this are split.
@@ -49,46 +51,72 @@ _COEFFICIENT_BLOCK = 256
 
 
 class _Block(NamedTuple):
-    """What a program loads at once of logits of `itemsize` bytes: `unroll` tiles of 16 bytes a thread."""
+    """What a program loads at once: `unroll` tiles of 16 bytes a thread, of rows of `width` elements.
+
+    The width of a row that may begin anywhere between two boundaries includes what may lie before it.
+    """
 
     unroll: int
     itemsize: int
-
-    @property
-    def vector(self) -> int:
-        return _VECTOR_BYTES // self.itemsize
+    width: int
 
     @property
     def columns(self) -> int:
-        return _THREADS * self.unroll * self.vector
+        return _THREADS * self.unroll * (_VECTOR_BYTES // self.itemsize)
 
-    def a_row(self, logits: Tensor) -> int:
-        """The number of blocks in a row, which may begin anywhere between two boundaries."""
-        before = 0 if _misaligned(logits) is None else self.vector - 1
-        return triton.cdiv(logits.shape[2] + before, self.columns)
+    @property
+    def a_row(self) -> int:
+        """The number of blocks of a row."""
+        return triton.cdiv(self.width, self.columns)
 
     def arguments(self) -> dict[str, int]:
         threads = {"LANES": _THREADS, "num_warps": _THREADS // _THREADS_PER_WARP}
-        return {"UNROLL": self.unroll, "VECTOR": self.vector, **threads}
+        return {"UNROLL": self.unroll, "VECTOR": _VECTOR_BYTES // self.itemsize, **threads}
+
+
+class _Splits(NamedTuple):
+    """How rows are split over programs: `a_row` splits of `blocks` blocks each, the last perhaps of fewer."""
+
+    block: _Block
+    a_row: int
+    blocks: int
 
 
 def _block(logits: Tensor, largest: int) -> _Block:
+    """The block of at most `largest` tiles for these logits."""
+    return _best_block(
+        logits.element_size(), _width(logits), row_count(logits), _multiprocessors(logits.device), largest
+    )
+
+
+@functools.lru_cache
+def _best_block(itemsize: int, width: int, rows: int, multiprocessors: int, largest: int) -> _Block:
     """The largest block that pads rows by no more than an eighth and gives every multiprocessor one."""
-    smallest = _Block(1, logits.element_size())
-    unrolls = [unroll for unroll in (16, 8, 4, 2) if unroll <= largest]
-    for block in (_Block(unroll, smallest.itemsize) for unroll in unrolls):
-        blocks = block.a_row(logits)
-        is_padded = 8 * blocks * block.columns > 9 * smallest.a_row(logits) * smallest.columns
-        if not is_padded and blocks * row_count(logits) >= _multiprocessors(logits.device):
+    smallest = _Block(1, itemsize, width)
+    for block in (_Block(unroll, itemsize, width) for unroll in (16, 8, 4, 2) if unroll <= largest):
+        is_padded = 8 * block.a_row * block.columns > 9 * smallest.a_row * smallest.columns
+        if not is_padded and block.a_row * rows >= multiprocessors:
             return block
     return smallest
 
 
-def _fused(logits: Tensor) -> tuple[_Block, int]:
+def _width(logits: Tensor) -> int:
+    before = 0 if _misaligned(logits) is None else _VECTOR_BYTES // logits.element_size() - 1
+    return logits.shape[2] + before
+
+
+def _fused(logits: Tensor, out: Tensor) -> tuple[_Block, int]:
     """The block of the fused kernel, and the registers that its threads may have."""
-    if _misaligned(logits) is None:
+    if _misaligned(logits) is None and out.dtype == logits.dtype:
         return _block(logits, _LARGEST_FUSED), _REGISTERS
-    return _block(logits, _LARGEST_STREAMED), _REGISTERS_MISALIGNED
+    return _block(logits, _LARGEST_STREAMED), _MORE_REGISTERS
+
+
+def _splits(logits: Tensor) -> _Splits:
+    block = _block(logits, _LARGEST_STREAMED)
+    programs = triton.cdiv(_PROGRAMS_PER_MULTIPROCESSOR * _multiprocessors(logits.device), max(row_count(logits), 1))
+    blocks = triton.cdiv(block.a_row, min(programs, _MAX_SPLITS, block.a_row))
+    return _Splits(block, triton.cdiv(block.a_row, blocks), blocks)
 
 
 def row_sums(
@@ -99,8 +127,9 @@ def row_sums(
     wanted: Wanted,
     softcap: float | None = None,
 ) -> Sums:
-    partials = _partials(logits, wanted)
-    _sum(logits, kept, temperature, target, wanted, softcap, partials, {})
+    splits = _splits(logits)
+    partials = _partials(logits, wanted, splits)
+    _sum(logits, kept, temperature, target, wanted, softcap, splits, partials)
     fields = iter(partials)
     m, s, a = next(fields), next(fields), next(fields)
     b = next(fields) if wanted.second_moment else None
@@ -124,11 +153,12 @@ def row_statistics(
     results = {**found._asdict(), "saved": saved.planes}
     if rows == 0:
         return found, saved
-    if _splits(logits)[0] == 1:
-        _sum(logits, kept, temperature, target, wanted, softcap, None, results)
+    splits = _splits(logits)
+    if splits.a_row == 1:
+        _sum(logits, kept, temperature, target, wanted, softcap, splits, None, results)
         return found, saved
-    partials = _partials(logits, wanted)
-    _sum(logits, kept, temperature, target, wanted, softcap, partials, {})
+    partials = _partials(logits, wanted, splits)
+    _sum(logits, kept, temperature, target, wanted, softcap, splits, partials)
     addressing = _addressing(logits)
     del addressing["misaligned"]
     with _on_device(logits):
@@ -140,7 +170,7 @@ def row_statistics(
             **results,
             **addressing,
             rows=rows,
-            splits=partials.shape[1],
+            splits=splits.a_row,
             **_exponent_scale(temperature),
             softcap=softcap,
             MAX_SPLITS=_MAX_SPLITS,
@@ -174,7 +204,7 @@ def row_gradient(
             BLOCK=_COEFFICIENT_BLOCK,
             num_warps=4,
         )
-        statistics.row_gradient_kernel[rows, block.a_row(logits)](
+        statistics.row_gradient_kernel[rows, block.a_row](
             logits,
             saved.planes,
             coefficients,
@@ -200,8 +230,8 @@ def entropy_with_gradient(
     rows = row_count(logits)
     if rows == 0:
         return logits.new_zeros((), dtype=torch.float32)
-    block, registers = _fused(logits)
-    parts = block.a_row(logits)
+    block, registers = _fused(logits, out)
+    parts = block.a_row
     sum_weights = divisor.of_weights and token_weight is not None
     counters = logits.new_zeros(FIRST_COUNTER.value + rows, dtype=torch.int32)
     # Each part's m, s and a, and each row's loss.
@@ -226,7 +256,7 @@ def entropy_with_gradient(
             SUM_WEIGHTS=sum_weights,
             PARTS=parts,
             **block.arguments(),
-            **({} if torch.version.hip else {"maxnreg": registers}),
+            **({"maxnreg": registers} if _LIMITS_REGISTERS else {}),
         )
     return loss
 
@@ -235,28 +265,19 @@ def scale_(gradient: Tensor, factor: Tensor) -> None:
     if row_count(gradient) == 0:
         return
     block = _block(gradient, _LARGEST_STREAMED)
-    parts = block.a_row(gradient)
-    blocks = row_count(gradient) * parts
+    blocks = row_count(gradient) * block.a_row
     # A program takes block after block: where the factor is 1, a program a block would only cost its launch.
     programs = min(blocks, _PROGRAMS_PER_MULTIPROCESSOR * _multiprocessors(gradient.device))
     with _on_device(gradient):
         scale_kernel[(programs,)](
-            gradient, factor, **_addressing(gradient), parts=parts, blocks=blocks, **block.arguments()
+            gradient, factor, **_addressing(gradient), parts=block.a_row, blocks=blocks, **block.arguments()
         )
 
 
-def _partials(logits: Tensor, wanted: Wanted) -> Tensor:
+def _partials(logits: Tensor, wanted: Wanted, splits: _Splits) -> Tensor:
     """Memory for the sums over the splits of each row, in the order of `Sums` and without unwanted fields."""
     fields = 3 + wanted.second_moment + 3 * wanted.extra
-    return logits.new_empty(fields, _splits(logits)[0], row_count(logits), dtype=torch.float32)
-
-
-def _splits(logits: Tensor) -> tuple[int, int]:
-    """How many splits a row is in, and of how many blocks each is."""
-    programs = triton.cdiv(_PROGRAMS_PER_MULTIPROCESSOR * _multiprocessors(logits.device), max(row_count(logits), 1))
-    blocks = _block(logits, _LARGEST_STREAMED).a_row(logits)
-    blocks_per_split = triton.cdiv(blocks, min(programs, _MAX_SPLITS, blocks))
-    return triton.cdiv(blocks, blocks_per_split), blocks_per_split
+    return logits.new_empty(fields, splits.a_row, row_count(logits), dtype=torch.float32)
 
 
 def _sum(
@@ -266,30 +287,30 @@ def _sum(
     target: Tensor | None,
     wanted: Wanted,
     softcap: float | None,
+    splits: _Splits,
     partials: Tensor | None,
-    results: dict[str, Tensor | None],
+    results: dict[str, Tensor | None] | None = None,
 ) -> None:
     """Writes the sums into `partials`, without those of masked rows, or the statistics into `results`."""
     rows = row_count(logits)
     if rows == 0:
         return
-    splits, split_blocks = _splits(logits)
     with _on_device(logits):
-        statistics.partial_sums_kernel[rows, splits](
+        statistics.partial_sums_kernel[rows, splits.a_row](
             logits,
             _bytes(kept),
             target=target,
             partials=partials,
-            **{name: results.get(name) for name in (*Statistics._fields, "saved")},
+            **(results or dict.fromkeys((*Statistics._fields, "saved"))),
             **_addressing(logits),
             rows=rows,
-            splits=splits,
-            split_blocks=split_blocks,
+            splits=splits.a_row,
+            split_blocks=splits.blocks,
             **_exponent_scale(temperature),
             softcap=softcap,
             SECOND_MOMENT=wanted.second_moment,
             EXTRA=wanted.extra,
-            **_block(logits, _LARGEST_STREAMED).arguments(),
+            **splits.block.arguments(),
         )
 
 
