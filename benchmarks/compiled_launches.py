@@ -45,6 +45,7 @@ class Compiled:
         warps: warps of a program.
         shared: bytes of shared memory of a program.
         code: the machine code; on an AMD GPU, the assembly.
+        assembly: what the machine code is made of: PTX, or the assembly of an AMD GPU.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Compiled:
     warps: int
     shared: int
     code: bytes
+    assembly: str
     nvidia: bool
 
     @cached_property
@@ -96,6 +98,7 @@ def compile_launches(name: str) -> list[Launch]:
                     warps=kernel.metadata.num_warps,
                     shared=kernel.metadata.shared,
                     code=kernel.asm["cubin"] if nvidia else kernel.asm["amdgcn"].encode(),
+                    assembly=kernel.asm["ptx" if nvidia else "amdgcn"],
                     nvidia=nvidia,
                 )
             given = dict(zip(self.arg_names, args, strict=False)) | kwargs

@@ -146,7 +146,7 @@ def table_choice(kernel: str, logits: Tensor) -> Choice:
 
     if kernel != "fused":
         return Choice(launch._THREADS, launch._block(logits, launch._LARGEST_STREAMED).unroll)
-    block, registers = launch._fused(logits, logits)
+    block, registers = launch._fused(logits, logits, None)
     return Choice(launch._THREADS, block.unroll, _lag(logits, launch._LAG_BYTES), registers)
 
 
@@ -180,7 +180,7 @@ def _chosen(choice: Choice, logits: Tensor) -> Any:
     }
     if choice.lag is not None:
         values["_LAG_BYTES"] = choice.lag * _row_bytes(logits)
-        values["_fused"] = lambda logits, out: (launch._block(logits, 0), choice.registers)
+        values["_fused"] = lambda logits, out, softcap: (launch._block(logits, 0), choice.registers)
     return patch.multiple(launch, **values)
 
 

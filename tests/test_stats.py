@@ -196,3 +196,15 @@ def test_few_long_rows(implementation, rows):
     # Monitoring at decode time: a row is split over programs where there are too few to go round.
     logits, target = make(implementation, rows, 70_001, dtype=torch.float32)
     check(implementation, logits, target)
+
+
+@pytest.mark.parametrize("short", range(1, 8))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_extra_statistics_of_rows_that_end_just_before_a_block_does(implementation, dtype, short):
+    # A row that begins at a boundary may have a block less than one of the same length that does not.
+    implementation.skip_dtype(dtype)
+    vocab = 2048 - short
+    logits = torch.randn(2, vocab).to(dtype)
+    found = token_stats(logits.to(implementation.device), extra=("mean_logprob",), backend=implementation.backend)
+    expected = logits.double().log_softmax(-1).mean(-1)
+    torch.testing.assert_close(found.mean_logprob.cpu().double(), expected, rtol=1e-5, atol=1e-5)

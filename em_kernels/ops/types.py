@@ -58,8 +58,10 @@ class Divisor(NamedTuple):
 
     def known(self, token_weight: Tensor | None, dtype: torch.dtype) -> "Divisor":
         """The same divisor with the sum of the weights as its total, for whoever does not make that sum."""
-        if not self.of_weights or token_weight is None:
+        if not self.of_weights:
             return self
+        if token_weight is None:
+            raise ValueError("the divisor is the sum of the token weights, and there are none")
         return Divisor(token_weight.sum(dtype=dtype), self.number)
 
     def divide(self, values: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ does for each element of a row, and the calls that launch it.
 
 import itertools
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,15 +35,12 @@ FAR_STRIDE = 2**31 + 2**20
 
 def usual_forms() -> Iterator[Form]:
     """Makes every call in every dtype and block, with its optional arguments and without."""
-    few, one = FEW_ROWS
     for dtype in (torch.float32, torch.bfloat16):
         for vocab in VOCABULARIES:
             yield from call_forms(vocab, dtype, MANY_ROWS)
-        for vocab in VOCABULARIES[-2:]:
-            yield from call_forms(vocab, dtype, few)
-        # Blocks shrink alike whatever the length of a row.
-        yield from call_forms(VOCABULARIES[0], dtype, one)
-        yield from call_forms(ODD_VOCABULARY, dtype, one)
+        # Fewer rows have smaller blocks, whatever the length of a row.
+        for vocab, rows in itertools.product(VOCABULARIES[-2:], FEW_ROWS):
+            yield from call_forms(vocab, dtype, rows)
     # Rows of float16 have the blocks of bfloat16, and three of these show the arithmetic.
     for vocab in (50_264, ODD_VOCABULARY, VOCABULARIES[-1]):
         yield from call_forms(vocab, torch.float16, MANY_ROWS)
@@ -129,7 +127,14 @@ def main(target: str) -> None:
         if made is usual_forms and target in READ:
             pieces = row_pieces(list(kernels.values()), TARGETS[target].gpu.arch)
     for digest, kernel in kernels.items():
-        print(json.dumps(describe(kernel, pieces.get(digest, [])) | {"forms": forms[digest]}), flush=True)
+        row = describe(kernel, pieces.get(digest, [])) | {"forms": forms[digest]}
+        print(json.dumps(row | {"memory": memory_operations(kernel.assembly)}), flush=True)
+
+
+def memory_operations(ptx: str) -> list[str]:
+    """The instructions that the order of memory depends on, in the order of the code, without their operands."""
+    found = re.findall(r"^\s*(?:@%p\d+\s+)?((?:ld|st|atom|red|bar)\.[\w.:]+)", ptx, re.MULTILINE)
+    return [name for name in found if not name.startswith("ld.param")]
 
 
 if __name__ == "__main__":

@@ -83,14 +83,14 @@ def capped(z, softcap):
         return z, 1.0
     else:
         x = tl.abs(z) / softcap
-        # With q = e^(-2x): tanh x = (1 - q) / (1 + q) and 1 - tanh^2 x = 4 q / (1 + q)^2, neither of which cancels but
+        # With q = e^(-2x): tanh x = 1 - 2 q / (1 + q) and 1 - tanh^2 x = 4 q / (1 + q)^2, neither of which cancels but
         # the first for small x, where the series to x^9 has float32's accuracy.
         q = tl.exp2(x * (-2 * LOG2_E))
         square = x * x
         series = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
-        tanh = tl.where(x < 0.25, series, (1 - q) / (1 + q))
+        size = tl.where(x < 0.25, softcap * series, softcap - 2 * softcap * q / (1 + q))
         finite = x < float("inf")
-        return tl.where(finite, tl.where(z < 0, -tanh, tanh) * softcap, z), 4 * q / ((1 + q) * (1 + q))
+        return tl.where(finite, tl.where(z < 0, -size, size), z), 4 * q / ((1 + q) * (1 + q))
 
 
 @triton.jit
@@ -204,6 +204,9 @@ def tile_gradient(z, m, scale_hi, scale_lo, mean_d, constant, linear, quadratic)
     log s does not appear: it has no relative accuracy in rows that are all but one-hot, and the gradient keeps its own.
     """
     d, e = exponential(z, m, scale_hi, scale_lo)
+    if scale_lo is not None:
+        # d has no bound then, and at tiny temperatures its product with a coefficient may not be finite.
+        d = tl.maximum(d, _LOWEST_EXPONENT, propagate_nan=tl.PropagateNan.ALL)
     # linear u is one fused multiply-add. What rounding costs it is a part of |linear mean_d|, the entry at the maximum.
     slope = tl.fma(d, linear, -mean_d * linear)
     if quadratic is not None:

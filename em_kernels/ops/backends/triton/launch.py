@@ -20,7 +20,7 @@ import triton
 from torch import Tensor
 
 from em_kernels.ops.backends.triton import statistics
-from em_kernels.ops.backends.triton.loss import FIRST_COUNTER, entropy_gradient_kernel, scale_kernel
+from em_kernels.ops.backends.triton.loss import FIRST_ROW, entropy_gradient_kernel, scale_kernel
 from em_kernels.ops.statistics import combine
 from em_kernels.ops.types import Divisor, Saved, Statistics, Sums, Temperature, Upstream, Wanted, row_count
 
@@ -35,9 +35,9 @@ _THREADS = 128
 # programs a multiprocessor have 160 KB under way at most. Little's law asks for 32 KB at 4.8 TB/s and a latency of 900
 # ns, and a program has loads under way for about a quarter of its time.
 _LARGEST_FUSED, _LARGEST_STREAMED = 16, 8
-# Registers of a thread so that five programs of 128 threads share the 65,536 of a multiprocessor; and four, where the
-# ends of misaligned rows, or stores of another width than the loads, are more code.
-_REGISTERS, _MORE_REGISTERS = 96, 112
+# Registers of a thread so that five programs of 128 threads share the 65,536 of a multiprocessor, or four, where a block
+# is more work.
+_REGISTERS, _MORE_REGISTERS = 96, 128
 # Splits of a row are united by one program from one vector of this many parts: about one a multiprocessor.
 _MAX_SPLITS = 128
 # Programs per multiprocessor that keep enough loads in flight; fewer rows than this are split.
@@ -105,11 +105,13 @@ def _width(logits: Tensor) -> int:
     return logits.shape[2] + before
 
 
-def _fused(logits: Tensor, out: Tensor) -> tuple[_Block, int]:
+def _fused(logits: Tensor, out: Tensor, softcap: float | None) -> tuple[_Block, int]:
     """The block of the fused kernel, and the registers that its threads may have."""
-    if _misaligned(logits) is None and out.dtype == logits.dtype:
-        return _block(logits, _LARGEST_FUSED), _REGISTERS
-    return _block(logits, _LARGEST_STREAMED), _MORE_REGISTERS
+    # The ends of misaligned rows, and stores of another width than the loads, are more code.
+    is_simple = _misaligned(logits) is None and out.dtype == logits.dtype
+    block = _block(logits, _LARGEST_FUSED if is_simple else _LARGEST_STREAMED)
+    is_plain = is_simple and softcap is None and logits.dtype != torch.float16
+    return block, _REGISTERS if is_plain else _MORE_REGISTERS
 
 
 def _splits(logits: Tensor) -> _Splits:
@@ -159,8 +161,6 @@ def row_statistics(
         return found, saved
     partials = _partials(logits, wanted, splits)
     _sum(logits, kept, temperature, target, wanted, softcap, splits, partials)
-    addressing = _addressing(logits)
-    del addressing["misaligned"]
     with _on_device(logits):
         statistics.finish_kernel[(rows,)](
             logits,
@@ -168,7 +168,9 @@ def row_statistics(
             _bytes(kept),
             target=target,
             **results,
-            **addressing,
+            inner=_inner(logits),
+            vocab=logits.shape[2],
+            **_strides(logits),
             rows=rows,
             splits=splits.a_row,
             **_exponent_scale(temperature),
@@ -230,15 +232,18 @@ def entropy_with_gradient(
     rows = row_count(logits)
     if rows == 0:
         return logits.new_zeros((), dtype=torch.float32)
-    block, registers = _fused(logits, out)
+    block, registers = _fused(logits, out, softcap)
     parts = block.a_row
     sum_weights = divisor.of_weights and token_weight is not None
-    counters = logits.new_zeros(FIRST_COUNTER.value + rows, dtype=torch.int32)
+    tickets = 2 * rows * parts + sum_weights
+    if tickets >= 1 << 31:
+        raise ValueError(f"logits has {rows} rows of {parts} parts, expected less than 2**30 parts in all")
+    counters = logits.new_zeros(FIRST_ROW.value + rows, dtype=torch.int32)
     # Each part's m, s and a, and each row's loss.
     scratch = logits.new_empty((3 * parts + 1) * rows, dtype=torch.float32)
     loss = logits.new_empty((), dtype=torch.float32)
     with _on_device(logits):
-        entropy_gradient_kernel[(2 * rows * parts + sum_weights,)](
+        entropy_gradient_kernel[(tickets,)](
             logits,
             _bytes(token_weight),
             divisor.total,
@@ -327,8 +332,8 @@ def _exponent_scale(temperature: Temperature) -> dict[str, Any]:
 
 def _addressing(logits: Tensor) -> dict[str, int | None]:
     """What locates a row."""
-    inner = logits.shape[1] if logits.shape[0] > 1 else None
-    return {"inner": inner, "vocab": logits.shape[2], **_strides(logits), "misaligned": _misaligned(logits)}
+    shape = {"inner": _inner(logits), "vocab": logits.shape[2]}
+    return {**shape, **_strides(logits), "misaligned": _misaligned(logits)}
 
 
 def _addressing_of_out(out: Tensor, logits: Tensor) -> dict[str, int | bool]:
@@ -337,6 +342,11 @@ def _addressing_of_out(out: Tensor, logits: Tensor) -> dict[str, int | bool]:
     places = [(x.data_ptr() // x.element_size(), *_strides(x).values()) for x in (logits, out)]
     congruent = all((a - b) % vector == 0 for a, b in zip(*places, strict=True))
     return {**{f"out_{name}": stride for name, stride in _strides(out).items()}, "CONGRUENT": congruent}
+
+
+def _inner(logits: Tensor) -> int | None:
+    # Without an outer dimension there is nothing to divide a row's number by.
+    return logits.shape[1] if logits.shape[0] > 1 else None
 
 
 def _strides(logits: Tensor) -> dict[str, int]:

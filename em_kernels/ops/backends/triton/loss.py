@@ -27,9 +27,12 @@ from em_kernels.ops.backends.triton.schedule import task_of
 from em_kernels.ops.backends.triton.statistics import load_sums, logits_of, store_sums
 from em_kernels.ops.backends.triton.tiles import find_row, load_block, places_in, store_block, store_zeros
 
-# `counters` start with the next ticket, the number of rows that have stored their loss, and the sum of the weights as a
-# float32; a counter for each row follows.
-FIRST_COUNTER: tl.constexpr = tl.constexpr(3)
+# What `counters` hold: the next ticket, the number of rows that have stored their loss, the bits of the float32 sum of
+# the weights, and from FIRST_ROW on the counter of each row.
+_TICKET: tl.constexpr = tl.constexpr(0)
+_STORED: tl.constexpr = tl.constexpr(1)
+_WEIGHTS: tl.constexpr = tl.constexpr(2)
+FIRST_ROW: tl.constexpr = tl.constexpr(3)
 
 
 @triton.jit(do_not_specialize=["inner", "misaligned", "rows", "lag"])
@@ -66,22 +69,22 @@ def entropy_gradient_kernel(
 
     With SUM_WEIGHTS the total is the sum of the weights, which the program of the first ticket makes.
     """
-    plane = PARTS * rows.to(tl.int64)
-    losses = scratch + 3 * plane
-    ticket = tl.atomic_add(counters, 1, sem="relaxed")
+    losses = scratch + 3 * PARTS * rows.to(tl.int64)
+    ticket = tl.atomic_add(counters + _TICKET, 1, sem="relaxed")
     if SUM_WEIGHTS:
-        total = (counters + 2).to(tl.pointer_type(tl.float32))
         if ticket == 0:
             weights = sum_in_order(token_weight, rows, LANES)
-            # 0 says that the sum is not there yet, and a total of 0 counts as 1.
+            # The bits of 0 say that the sum is not there yet, and a total of 0 counts as 1.
             weights = tl.where(weights == 0.0, 1.0, weights)
-            tl.atomic_xchg(counters + 2, weights.to(tl.int32, bitcast=True), sem="relaxed")
+            tl.atomic_xchg(counters + _WEIGHTS, weights.to(tl.int32, bitcast=True), sem="relaxed")
             return
         ticket -= 1
     row, part, is_gradient = task_of(ticket, rows, PARTS, lag)
     start = part * (LANES * UNROLL * VECTOR)
     at = find_row(logits, row, inner, outer_stride, inner_stride, vocab, misaligned, VECTOR)
-    arrived = counters + FIRST_COUNTER + row
+    arrived = counters + FIRST_ROW + row
+    # A row's sums are (field, part).
+    partials = scratch + 3 * PARTS * row.to(tl.int64)
     scale_hi, scale_lo = exponent_scale(row_temperature, common_hi, common_lo, row)
     EXACT: tl.constexpr = logits.dtype.element_ty == tl.float32
     MAX_PARTS: tl.constexpr = max(32, triton.next_power_of_2(PARTS))
@@ -98,19 +101,19 @@ def entropy_gradient_kernel(
         if weight == 0.0:
             store_zeros(out, at, start, LANES, UNROLL, VECTOR, CONGRUENT)
             if part == 0:
-                add_loss(0.0, row, losses, loss, counters + 1, rows, LANES)
+                add_loss(0.0, row, losses, loss, counters + _STORED, rows, LANES)
         else:
             # The loads are under way while the program waits and unites the parts.
             tiles = load_block(at, start, LANES, UNROLL, VECTOR, False)
+            # To add 0 is how Triton writes a load that acquires.
             while tl.atomic_add(arrived, 0, sem="acquire") < PARTS:
                 pass
-            m, s, a, _, _, _, _ = load_sums(scratch, row, rows, PARTS, scale_hi, lo, False, False, MAX_PARTS)
+            m, s, a, _, _, _, _ = load_sums(partials, PARTS, 1, PARTS, scale_hi, lo, False, False, MAX_PARTS)
             row_factor = weight * inverse_count
-            if total is not None:
-                divisor = tl.load(total, volatile=SUM_WEIGHTS)
-                if SUM_WEIGHTS:
-                    while divisor == 0.0:
-                        divisor = tl.load(total, volatile=True)
+            if SUM_WEIGHTS:
+                row_factor /= wait_for(counters + _WEIGHTS).to(tl.float32, bitcast=True)
+            elif total is not None:
+                divisor = tl.load(total)
                 row_factor /= tl.where(divisor == 0.0, 1.0, divisor)
             mean_d = a / s
             # One log 2 makes 1 / tau of c, the other makes nats of d.
@@ -128,12 +131,22 @@ def entropy_gradient_kernel(
             )
             if part == 0:
                 entropy = (tl.log2(s) - mean_d) * LOG_2
-                add_loss(row_factor * entropy, row, losses, loss, counters + 1, rows, LANES)
+                add_loss(row_factor * entropy, row, losses, loss, counters + _STORED, rows, LANES)
     elif weight != 0.0:
         sums = block_sums(at, start, scale_hi, lo, softcap, LANES, UNROLL, VECTOR)
-        store_sums(scratch + part.to(tl.int64) * rows + row, plane, sums, False, False)
+        store_sums(partials + part, PARTS, sums, False, False)
         tl.debug_barrier()
         tl.atomic_add(arrived, 1, sem="release")
+
+
+@triton.jit
+def wait_for(word):
+    """The first value of a word in memory that is not 0."""
+    # An atomic read, because a plain one in a loop may be made once, before the loop.
+    value = tl.atomic_add(word, 0, sem="relaxed")
+    while value == 0:
+        value = tl.atomic_add(word, 0, sem="relaxed")
+    return value
 
 
 @triton.jit
@@ -161,8 +174,8 @@ def block_sums(
 @triton.jit
 def sum_in_order(values, count, LANES: tl.constexpr):
     """The float32 sum of so many values, always in the same order."""
-    # Sixteen values a thread are 16 bytes of a mask, and keep the loop short, which one program runs while others wait.
-    BLOCK: tl.constexpr = 16 * LANES
+    # Many loads at once, because one program goes through all values while others wait.
+    BLOCK: tl.constexpr = 32 * LANES
     sums = tl.zeros([BLOCK], tl.float32)
     for start in range(0, count, BLOCK):
         i = start + tl.arange(0, BLOCK)

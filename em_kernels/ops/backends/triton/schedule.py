@@ -12,10 +12,11 @@ A row has a counter of its own. What waits and what is waited for:
   2. A gradient task reads the row's counter with acquire semantics until it is the number of parts, and only then reads
      their sums. The acquiring read observes the last of a sequence of read-modify-writes, which continues the release
      sequence of every one before it, so that it synchronises with all of them. A barrier before the release and one
-     after the acquire extend the order from one thread to its program.
+     after the acquire extend the order from one thread to its program. The acquire also drops what the multiprocessor's
+     own cache holds: an earlier task may have left there what lies beside the sums that it read.
   3. Where the divisor is the sum of the weights, the first ticket is a task of its own that makes it. The sum is one
-     word and its own flag, 0 until it is there: a gradient task reads it until it is not 0, and needs no order with
-     anything else in memory.
+     word and its own flag, 0 until it is there: a gradient task reads it, atomically, until it is not 0, and needs no
+     order with anything else in memory.
   4. In place, a gradient is written where its own part's logits were, which nobody reads but this part's two tasks, and
      the sums task has read them before its release.
 
@@ -34,7 +35,10 @@ import triton.language as tl  # noqa: F401  Triton's interpreter asks for it in 
 
 @triton.jit
 def task_of(ticket, rows, parts, lag):
-    """(row, part, whether the task is the part's gradient) of a ticket in [0, 2 rows parts); lag is in [1, rows]."""
+    """(row, part, whether the task is the part's gradient) of a ticket in [0, 2 rows parts); lag is in [1, rows].
+
+    Tickets are 32-bit.
+    """
     ahead = lag * parts
     alternating = ticket - ahead
     ahead_only = alternating < 0

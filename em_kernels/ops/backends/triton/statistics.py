@@ -44,6 +44,7 @@ from em_kernels.ops.backends.triton.tiles import (
     load_block,
     places_in,
     places_of_tile,
+    row_offset,
     store_block,
     store_zeros,
     widened,
@@ -142,13 +143,13 @@ def finish_kernel(
             store_masked(row, plane, (entropy, lse, logprob, varentropy, extra, saved))
             return
     scale_hi, scale_lo = exponent_scale(row_temperature, common_hi, common_lo, row)
-    sums = load_sums(
-        partials, row, rows, splits, scale_hi, scale_lo, varentropy is not None, extra is not None, MAX_SPLITS
-    )
+    SECOND_MOMENT: tl.constexpr = varentropy is not None
+    EXTRA: tl.constexpr = extra is not None
+    sums = load_sums(partials + row, plane * splits, rows, splits, scale_hi, scale_lo, SECOND_MOMENT, EXTRA, MAX_SPLITS)
     z = None
     if target is not None:
-        at = find_row(logits, row, inner, outer_stride, inner_stride, vocab, None, 1)
-        z = target_logit(first_element(at), tl.load(target + row), vocab, softcap)
+        logits += row_offset(row, inner, outer_stride, inner_stride)
+        z = target_logit(logits, tl.load(target + row), vocab, softcap)
     finish_row(sums, z, row, plane, scale_hi, scale_lo, (entropy, lse, logprob, varentropy, extra, saved))
 
 
@@ -257,11 +258,8 @@ def row_gradient_kernel(
         quadratic: tl.constexpr = None
     if target is not None:
         column = tl.load(target + row)
-        z_t = target_logit(first_element(at), column, vocab, softcap)
-        target_constant = tl.load(coefficients + 3 * plane)
-        alpha = tl.load(coefficients + 4 * plane)
         # A target outside [0, V) is another rank's, and no tile holds it.
-        of_target = (target_place(at, column, vocab), z_t, target_constant, alpha)
+        of_target = (target_place(at, column, vocab), first_element(at) + column, coefficients + 3 * plane, plane)
     else:
         of_target: tl.constexpr = None
     of_row = (m, scale_hi, scale_lo, mean_d, constant, linear, quadratic, softcap)
@@ -276,12 +274,14 @@ def statistics_gradient(z, start, arguments):
     z, slope = capped(z, softcap)
     gradient = tile_gradient(z, m, scale_hi, scale_lo, mean_d, constant, linear, quadratic)
     if of_target is not None:
-        place, z_t, target_constant, alpha = of_target
+        place, address, target_coefficients, plane = of_target
         LANES: tl.constexpr = z.shape[0]
         VECTOR: tl.constexpr = z.shape[1]
         if (place >= start) & (place < start + LANES * VECTOR):
-            at_target = tile_gradient(z_t, m, scale_hi, scale_lo, mean_d, target_constant, linear, quadratic) + alpha
-            gradient = tl.where(places_of_tile(start, LANES, VECTOR) == place, at_target, gradient)
+            z_t, _ = capped(tl.load(address).to(tl.float32), softcap)
+            target_constant, alpha = tl.load(target_coefficients), tl.load(target_coefficients + plane)
+            at_target = tile_gradient(z_t, m, scale_hi, scale_lo, mean_d, target_constant, linear, quadratic)
+            gradient = tl.where(places_of_tile(start, LANES, VECTOR) == place, at_target + alpha, gradient)
     return gradient * slope
 
 
@@ -315,7 +315,8 @@ def row_sums(
         sums = accumulate(sums, tiles, scale_hi, lo, SECOND_MOMENT, EXTRA)
     m, s, a, b, count, sum_d, sum_e2 = unite(sums, scale_hi, scale_lo, SECOND_MOMENT, EXTRA)
     if EXTRA:
-        width = last - first if begin is None else last - tl.maximum(first, begin)
+        # A row that begins at a boundary may have a block less than others, and its last split none.
+        width = tl.maximum(last - (first if begin is None else tl.maximum(first, begin)), 0)
         if place is not None:
             width -= ((place >= first) & (place < last)).to(tl.int32)
         # The loop counts the columns that are not -inf; the others are banned tokens.
@@ -378,21 +379,23 @@ def finish_row(sums, z, row, plane, scale_hi, scale_lo, results):
 
 @triton.jit
 def load_sums(
-    partials,
-    row,
-    rows,
-    splits,
+    planes,
+    plane,
+    stride,
+    count,
     scale_hi,
     scale_lo,
     SECOND_MOMENT: tl.constexpr,
     EXTRA: tl.constexpr,
-    MAX_SPLITS: tl.constexpr,
+    MAX_PARTS: tl.constexpr,
 ):
-    """The sums of a row, united from those of its splits, which `store_sums` stored as (fields, splits, rows)."""
-    split = tl.arange(0, MAX_SPLITS)
-    present = split < splits
-    planes = partials + split * rows + row
-    plane = rows.to(tl.int64) * splits
+    """The sums of a row, united from those of its `count` parts, which `store_sums` stored.
+
+    A field's first part is at `planes`, the next part `stride` further, and the next field `plane` further.
+    """
+    part = tl.arange(0, MAX_PARTS)
+    present = part < count
+    planes += part * stride
     m = tl.load(planes, mask=present, other=-float("inf"))
     s = tl.load(planes + plane, mask=present, other=0.0)
     a = tl.load(planes + 2 * plane, mask=present, other=0.0) * LOG2_E
@@ -425,11 +428,11 @@ def store_sums(planes, plane, sums, SECOND_MOMENT: tl.constexpr, EXTRA: tl.const
 
 @triton.jit
 def target_place(row, column, vocab):
-    """The place of a target's column in a row, -1 outside [0, vocab)."""
-    # Places are 32-bit, and the cast must not make a place of a column out of range.
-    column = tl.where((column >= 0) & (column < vocab), column, -1 << 20).to(tl.int32)
+    """The place of a target's column in a row; -1, which no block holds, outside [0, vocab)."""
     _, begin, _ = row
-    return column if begin is None else column + begin
+    place = column if begin is None else column + begin
+    # Places are 32-bit, and the cast must not make a place of a column out of range.
+    return tl.where((column >= 0) & (column < vocab), place, -1).to(tl.int32)
 
 
 @triton.jit

@@ -166,7 +166,7 @@ def store_block(
 ):
     """Stores FUNCTION(z, place, arguments) for a block of `row` at place `start`, with places counted from `address`.
 
-    z are the float32 logits of one of the `tiles`, and `place` is its first.
+    z are the float32 logits of one of the `tiles`, and `place` is the tile's first place.
     """
     COUNT: tl.constexpr = len(tiles)
     _, begin, end = row
