@@ -76,7 +76,8 @@ def entropy_loss(
     in_place = inplace_backward and needs_grad and not is_traced(logits)
     if in_place:
         check_inplace(logits, rows)
-    if reduction != "none" and needs_grad and logits.dtype != torch.float16 and shard is None:
+    # The gradient of float16 logits underflows unless it is made after the loss scale is known.
+    if reduction != "none" and shard is None and not (needs_grad and logits.dtype == torch.float16):
         return operators.entropy_with_gradient(
             rows, tokens.token_weight, reduce.divisor, tokens.temperature, backend, inplace_backward=in_place
         )

@@ -11,6 +11,8 @@ from torch.autograd import forward_ad
 
 from em_kernels.ops.types import Upstream
 
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+
 
 def is_traced(*operands: Tensor) -> bool:
     """Whether something watches or records the call, which must then go through the registered operators.
@@ -21,7 +23,7 @@ def is_traced(*operands: Tensor) -> bool:
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None
-        or any(type(operand) not in (Tensor, torch.nn.Parameter) for operand in operands)
+        or not _PLAIN.issuperset(map(type, operands))
     )
 
 

@@ -1,8 +1,9 @@
 """The operators on logits, differentiable and registered with torch.library.
 
     row_statistics         one read of the logits; its backward reads them again and writes the gradient
-    entropy_with_gradient  the reduced loss and its gradient at once, while a row is still in cache; its backward only
-                           hands the gradient on, scaled in place where the upstream gradient is not 1
+    entropy_with_gradient  the reduced loss and, where it is needed, its gradient at once, while a row is still in
+                           cache; its backward only hands the gradient on, scaled in place where the upstream gradient
+                           is not 1
 
 Whoever traces or watches the call sees the registered operator. A plain eager call goes straight to the same backend
 under an autograd.Function: the registered route costs the host tens of microseconds a call, as much as the kernel
@@ -67,12 +68,17 @@ def entropy_with_gradient(
     *,
     inplace_backward: bool = False,
 ) -> Tensor:
-    """The sum over rows of w H / divisor, a scalar, with its gradient made on the way."""
+    """The sum over rows of w H / divisor, a scalar, with its gradient made on the way where autograd records."""
     refuse_unsupported(logits)
+    needs_gradient = logits.requires_grad and torch.is_grad_enabled()
     if is_traced(logits):
         divisor = divisor.known(token_weight, statistics_dtype(logits.dtype))
-        return _entropy_with_gradient_op(logits, token_weight, divisor.total, divisor.number, *temperature, backend)[0]
-    return _EntropyWithGradient.apply(logits, token_weight, divisor, temperature, backend, inplace_backward)[0]
+        return _entropy_with_gradient_op(
+            logits, token_weight, divisor.total, divisor.number, *temperature, needs_gradient, backend
+        )[0]
+    if needs_gradient:
+        return _EntropyWithGradient.apply(logits, token_weight, divisor, temperature, backend, inplace_backward)[0]
+    return implementation(Place(backend)).entropy_with_gradient(logits, token_weight, divisor, temperature, None)
 
 
 # ------------------------------------------------------------------------------------------------- the direct route
@@ -207,13 +213,15 @@ def _loss_and_gradient(
     number: int,
     row_temperature: Tensor | None,
     temperature: float,
+    needs_gradient: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    gradient = new_gradient(logits)
+    """The loss and its gradient, which is empty where it is not needed."""
+    gradient = new_gradient(logits) if needs_gradient else None
     loss = implementation(Place(backend)).entropy_with_gradient(
         logits, token_weight, Divisor(divisor, number), Temperature(row_temperature, temperature), gradient
     )
-    return loss, gradient
+    return loss, logits.new_empty(0) if gradient is None else gradient
 
 
 _entropy_with_gradient_op = torch.library.custom_op(
@@ -223,8 +231,10 @@ _arguments_of_entropy = arguments_of(_loss_and_gradient)
 
 
 @_entropy_with_gradient_op.register_fake
-def _(logits, *_):
-    return logits.new_empty((), dtype=statistics_dtype(logits.dtype)), new_gradient(logits)
+def _(*inputs):
+    at = _arguments_of_entropy(inputs)
+    gradient = new_gradient(at.logits) if at.needs_gradient else at.logits.new_empty(0)
+    return at.logits.new_empty((), dtype=statistics_dtype(at.logits.dtype)), gradient
 
 
 def _setup_entropy_with_gradient(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:

@@ -62,6 +62,12 @@ class Divisor(NamedTuple):
             return self
         return Divisor(token_weight.sum(dtype=dtype), self.number)
 
+    def reduced(self, values: Tensor, token_weight: Tensor | None) -> Tensor:
+        """The sum of w times the value of each row, 0 in a masked row, over the divisor."""
+        if token_weight is not None and token_weight.is_floating_point():
+            values = values * token_weight
+        return self.known(token_weight, values.dtype).divide(values.sum())
+
     def divide(self, values: Tensor) -> Tensor:
         values = values if self.number == 1 else values / self.number
         return values if self.total is None else values / torch.where(self.total == 0, 1, self.total)

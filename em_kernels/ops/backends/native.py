@@ -46,8 +46,8 @@ _SIGNATURES = {
     "em_row_statistics": (_POINTER, _POINTER, *_TEMPERATURE, *(_POINTER,) * len(Statistics._fields), _POINTER),
     # saved, target; pointer and stride for each of Upstream; out
     "em_row_gradient": (_POINTER, _POINTER, *(_POINTER, _INT64) * len(Upstream._fields), *_OUT),
-    # kept, token_weight, divisor, temperature; loss, out
-    "em_entropy_with_gradient": (_POINTER, _POINTER, _DOUBLE, *_TEMPERATURE, _POINTER, *_OUT),
+    # kept, token_weight, divisor, of_weights, temperature; loss, out
+    "em_entropy_with_gradient": (_POINTER, _POINTER, _DOUBLE, _INT, *_TEMPERATURE, _POINTER, *_OUT),
 }
 
 
@@ -105,22 +105,21 @@ def entropy_with_gradient(
     token_weight: Tensor | None,
     divisor: Divisor,
     temperature: Temperature,
-    out: Tensor,
+    out: Tensor | None,
     softcap: float | None = None,
 ) -> Tensor:
     is_bool = token_weight is not None and token_weight.dtype == torch.bool
     kept_and_weight = (token_weight, None) if is_bool else (None, token_weight)
-    total = token_weight.sum() if divisor.of_weights and token_weight is not None else divisor.total
     # 0 counts as 1.
-    divided_by = (1.0 if total is None else total.item() or 1.0) * divisor.number
+    divided_by = (1.0 if divisor.total is None else divisor.total.item() or 1.0) * divisor.number
     loss = logits.new_empty((), dtype=torch.float32)
-    weight = (*kept_and_weight, divided_by)
+    weight = (*kept_and_weight, divided_by, divisor.of_weights and token_weight is not None)
     _call("em_entropy_with_gradient", logits, softcap, *weight, *temperature, loss, *_out(out))
     return loss
 
 
-def _out(out: Tensor) -> tuple[Tensor, int, int, int]:
-    return out, _DTYPES[out.dtype], out.stride(0), out.stride(1)
+def _out(out: Tensor | None) -> tuple[Tensor | None, int, int, int]:
+    return (None, 0, 0, 0) if out is None else (out, _DTYPES[out.dtype], out.stride(0), out.stride(1))
 
 
 def _call(function: str, logits: Tensor, softcap: float | None, *arguments: Tensor | float | None) -> None:

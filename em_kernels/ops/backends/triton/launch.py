@@ -4,7 +4,7 @@
     row_statistics          the same, which finishes rows that are not split; `finish_kernel` finishes split ones.
     row_gradient            `coefficients_kernel`, `row_gradient_kernel`: one read, one write.
     entropy_with_gradient   `entropy_gradient_kernel`: one read and one write of device memory, and one more read of the
-                            second-level cache.
+                            second-level cache. Without a gradient, `row_statistics` and a sum.
     scale_                  `scale_kernel`: one read of the factor, and where that is not 1, a read and a write of all.
 
 All sums are float32, logits float32, bfloat16 or float16. Reductions have a fixed order: results repeat bit for bit.
@@ -194,12 +194,16 @@ def entropy_with_gradient(
     token_weight: Tensor | None,
     divisor: Divisor,
     temperature: Temperature,
-    out: Tensor,
+    out: Tensor | None,
     softcap: float | None = None,
 ) -> Tensor:
     rows = row_count(logits)
     if rows == 0:
         return logits.new_zeros((), dtype=torch.float32)
+    if out is None:
+        kept = token_weight != 0 if token_weight is not None and token_weight.is_floating_point() else token_weight
+        found, _ = row_statistics(logits, kept, temperature, None, Wanted(), softcap)
+        return divisor.reduced(found.entropy, token_weight)
     block, registers = _fused(logits)
     parts = block.a_row(logits)
     sum_weights = divisor.of_weights and token_weight is not None
