@@ -78,10 +78,11 @@ def scaled_gradients(
 
 
 def _refuse_batched(*gradients: Tensor | None) -> None:
-    if not torch.compiler.is_compiling() and any(
-        g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in gradients
-    ):
-        raise RuntimeError("em_kernels has no backward with is_grads_batched=True; call it once for each gradient")
+    if torch.compiler.is_compiling():
+        return
+    for g in gradients:
+        if g is not None and torch._C._functorch.is_legacy_batchedtensor(g):
+            raise RuntimeError("em_kernels has no backward with is_grads_batched=True; call it once for each gradient")
 
 
 def arguments_of(operator: Callable[..., Any]) -> Callable[[Sequence[Any]], SimpleNamespace]:
