@@ -61,6 +61,7 @@ def entropy_loss(
     Memory traffic: "mean" and "sum" write the gradient in the forward, two passes over memory, and save only it;
     "none" reads in the forward and reads and writes in the backward, and saves the logits. So do "mean" and "sum" of
     float16, whose gradient underflows unless it is made after the loss scale is known, and of a sharded vocabulary.
+    Where no gradient is recorded, every reduction only reads.
     """
     logits, shard, layout = local_logits(logits, process_group)
     check_logits(logits, sharded=shard is not None)

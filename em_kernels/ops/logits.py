@@ -73,7 +73,8 @@ def entropy_with_gradient(
 ) -> Tensor:
     """The sum over rows of w H / divisor, a scalar, with its gradient made on the way where one is needed.
 
-    Logits are (..., V) with any strides: a view that autograd does not record costs the host less.
+    The logits are (..., V) with any strides. Their rows are made where autograd does not record: a recorded view would
+    cost the host more, in the backward too.
     """
     refuse_unsupported(logits)
     if is_traced(logits):
