@@ -140,24 +140,30 @@ EM_EXPORT void em_row_gradient(const void* logits, int dtype, int64_t inner, int
   });
 }
 
-// Sets `loss` to sum_r w_r H_r / divisor, and `out` to its gradient. w_r is token_weight[r], or 1 where token_weight is
-// NULL; a row whose weight is 0 is not kept.
+// Sets `loss` to sum_r w_r H_r / divisor, and `out`, unless it is NULL, to its gradient. w_r is kept[r] or token_weight[r],
+// or 1 where both are NULL; a row whose weight is 0 is not kept. `of_weights` multiplies the divisor by the sum of the
+// weights, of which 0 counts as 1.
 EM_EXPORT void em_entropy_with_gradient(const void* logits, int dtype, int64_t inner, int64_t outer_stride,
                                         int64_t inner_stride, int64_t rows, int64_t vocab, double softcap,
                                         const uint8_t* kept, const float* token_weight, double divisor,
-                                        const float* temperature, double temperature_all, float* loss, void* out,
-                                        int out_dtype, int64_t out_outer_stride, int64_t out_inner_stride,
+                                        int of_weights, const float* temperature, double temperature_all, float* loss,
+                                        void* out, int out_dtype, int64_t out_outer_stride, int64_t out_inner_stride,
                                         int threads) {
   const Logits z{logits, static_cast<Dtype>(dtype), inner, outer_stride, inner_stride};
   const Gradient gradient{out, static_cast<Dtype>(out_dtype), inner, out_outer_stride, out_inner_stride};
   const Softcap cap(softcap);
   const Writing writing(z, gradient, rows, vocab, threads);
+  const auto weight = [&](int64_t r) { return kept ? kept[r] : token_weight ? token_weight[r] : 1.0; };
+  if (of_weights) {
+    double total = 0;
+    for (int64_t r = 0; r < rows; ++r) total += weight(r);
+    divisor *= total == 0 ? 1 : total;
+  }
   std::vector<double> weighted(static_cast<size_t>(rows));
   for_each_row(rows, vocab, writing.rows_at_a_time, threads, [&](int64_t r) {
-    void* const to = gradient[r];
-    const double w = kept ? kept[r] : token_weight ? token_weight[r] : 1.0;
+    const double w = weight(r);
     if (w == 0) {
-      std::memset(to, 0, static_cast<size_t>(vocab * size_of(gradient.dtype)));
+      if (out) std::memset(gradient[r], 0, static_cast<size_t>(vocab * size_of(gradient.dtype)));
       return;
     }
     const Scale scale = Scale::of_temperature(temperature ? temperature[r] : temperature_all);
@@ -165,10 +171,11 @@ EM_EXPORT void em_entropy_with_gradient(const void* logits, int dtype, int64_t i
     // Of a row that is all -inf this is 0 / 0.
     const double mean_d = sums.a / sums.s;
     weighted[static_cast<size_t>(r)] = w / divisor * (std::log(sums.s) - mean_d);
+    if (!out) return;
     const double factor = w / divisor * scale.inv_tau_exact / sums.s;
     const Polynomial polynomial{static_cast<float>(factor * mean_d), static_cast<float>(-factor), 0.0f};
     kernels().row_gradient(z[r], vocab, z.dtype, sums.m, scale, cap, polynomial, all_but_one_hot(sums.a, vocab),
-                           writing.past_cache, to, gradient.dtype);
+                           writing.past_cache, gradient[r], gradient.dtype);
   });
   double sum = 0;
   for (const double x : weighted) sum += x;

@@ -46,7 +46,7 @@ struct Writing {
 
   Writing(const Logits& logits, const Gradient& out, int64_t rows, int64_t vocab, int threads)
       : past_cache(false), rows_at_a_time(::rows_at_a_time(vocab)) {
-    if (rows == 0 || out.first == logits.first) return;
+    if (rows == 0 || !out.first || out.first == logits.first) return;
     const char* const first = static_cast<const char*>(out.first);
     const char* const end = static_cast<const char*>(element(out[rows - 1], vocab, out.dtype));
     if (end - first < kLargeGradient) return;

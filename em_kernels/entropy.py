@@ -8,11 +8,11 @@ from em_kernels.arguments.checks import check_logits, choose_backend
 from em_kernels.arguments.inplace import check_inplace
 from em_kernels.arguments.reduction import reduction_of
 from em_kernels.arguments.sharding import group_of, local_divisor, local_logits, local_per_token
-from em_kernels.arguments.tokens import Source, rows_of_logits, tokens_of
+from em_kernels.arguments.tokens import Source, tokens_of
 from em_kernels.ops import logits as operators
 from em_kernels.ops.autograd import is_traced
 from em_kernels.ops.sharded import Place
-from em_kernels.ops.types import Wanted
+from em_kernels.ops.types import Wanted, rows_of_logits
 
 
 def entropy_loss(
@@ -61,6 +61,7 @@ def entropy_loss(
     Memory traffic: "mean" and "sum" write the gradient in the forward, two passes over memory, and save only it;
     "none" reads in the forward and reads and writes in the backward, and saves the logits. So do "mean" and "sum" of
     float16, whose gradient underflows unless it is made after the loss scale is known, and of a sharded vocabulary.
+    Where no gradient is recorded, every reduction only reads.
     """
     logits, shard, layout = local_logits(logits, process_group)
     check_logits(logits, sharded=shard is not None)
@@ -70,19 +71,25 @@ def entropy_loss(
     num_items_in_batch = local_divisor(reduction, num_items_in_batch, layout)
     reduce = reduction_of(reduction, num_items_in_batch, tokens, source)
     backend = choose_backend(backend, logits.device, logits.dtype)
-    rows = rows_of_logits(logits)
 
     needs_grad = logits.requires_grad and torch.is_grad_enabled()
     in_place = inplace_backward and needs_grad and not is_traced(logits)
     if in_place:
-        check_inplace(logits, rows)
-    if reduction != "none" and needs_grad and logits.dtype != torch.float16 and shard is None:
+        check_inplace(logits, rows_of_logits(logits))
+    # The gradient of float16 logits underflows unless it is made after the loss scale is known.
+    if reduction != "none" and shard is None and not (needs_grad and logits.dtype == torch.float16):
         return operators.entropy_with_gradient(
-            rows, tokens.token_weight, reduce.divisor, tokens.temperature, backend, inplace_backward=in_place
+            logits,
+            tokens.token_weight,
+            reduce.divisor,
+            tokens.temperature,
+            backend,
+            needs_gradient=needs_grad,
+            inplace_backward=in_place,
         )
     place = Place(backend, group_of(shard))
     statistics = operators.row_statistics(
-        rows, tokens.kept, tokens.temperature, None, Wanted(), place, inplace_backward=in_place
+        rows_of_logits(logits), tokens.kept, tokens.temperature, None, Wanted(), place, inplace_backward=in_place
     )
     return reduce.of(statistics.entropy, tokens)
 

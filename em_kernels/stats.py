@@ -10,11 +10,11 @@ from torch import distributed as dist
 from em_kernels.arguments.checks import check_logits, choose_backend
 from em_kernels.arguments.projection import Operands, chunking_of, operands_of
 from em_kernels.arguments.sharding import group_of, local_logits, local_per_token
-from em_kernels.arguments.tokens import Source, rows_of_logits, rows_of_target, tokens_of
+from em_kernels.arguments.tokens import Source, rows_of_target, tokens_of
 from em_kernels.ops import logits as logits_operators
 from em_kernels.ops.hidden import registered as hidden_operators
 from em_kernels.ops.sharded import Place
-from em_kernels.ops.types import EXTRA, Statistics, Wanted
+from em_kernels.ops.types import EXTRA, Statistics, Wanted, rows_of_logits
 
 
 class TokenStats(NamedTuple):
@@ -268,7 +268,8 @@ def _wanted(extra: Sequence[str], target: Tensor | None) -> Wanted:
 
 def _token_stats(statistics: Statistics, shape: torch.Size, extra: Sequence[str]) -> TokenStats:
     def shaped(field: Any) -> Any:
-        return None if field is None else field.view(shape)
+        # A view of what has the shape already would cost the host, and the backward, as much as a small kernel.
+        return field if field is None or len(shape) == 1 else field.view(shape)
 
     *fields, extras = statistics
     asked = {} if extras is None else {name: shaped(extras[EXTRA.index(name)]) for name in extra}

@@ -20,11 +20,10 @@ class Reduction(NamedTuple):
 
     def of(self, entropy: Tensor, tokens: Tokens) -> Tensor:
         """The loss of the rows' entropies, which are 0 where masked; of the tokens' shape with "none"."""
-        if tokens.token_weight is not None and tokens.token_weight.is_floating_point():
-            entropy = entropy * tokens.token_weight
-        if self.name == "none":
-            return entropy.view(tokens.shape)
-        return _known(self.divisor, tokens.token_weight, entropy.dtype).divide(entropy.sum())
+        weight = tokens.token_weight
+        if self.name != "none":
+            return self.divisor.reduced(entropy, weight)
+        return (entropy if weight is None or weight.dtype == torch.bool else entropy * weight).view(tokens.shape)
 
 
 def reduction_of(name: str, num_items: int | Tensor | None, tokens: Tokens, source: Source) -> Reduction:
@@ -38,14 +37,6 @@ def reduction_of(name: str, num_items: int | Tensor | None, tokens: Tokens, sour
     if name == "mean" and tokens.token_weight is not None:
         return Reduction(name, Divisor(of_weights=True))
     return Reduction(name, Divisor(number=_at_least_1(source.shape.numel())) if name == "mean" else Divisor())
-
-
-def _known(divisor: Divisor, token_weight: Tensor | None, dtype: torch.dtype) -> Divisor:
-    of_mask = divisor.of_weights and token_weight is not None and token_weight.dtype == torch.bool
-    if of_mask and token_weight is not None and values_visible(token_weight):
-        # The host divides by a number in less time than by a tensor.
-        return Divisor(number=_at_least_1(int(token_weight.sum().item())))
-    return divisor.known(token_weight, dtype)
 
 
 def _given_divisor(num_items: int | Tensor, source: Source) -> Divisor:

@@ -83,7 +83,7 @@ def local_operands(
 
 def local_per_token(layout: Layout | None, **values: Any) -> tuple[Any, ...]:
     """This rank's part of each value per token, named by its argument: of a DTensor that lies as the tokens do."""
-    return tuple(_local(name, value, layout) if _is_dtensor(value) else value for name, value in values.items())
+    return tuple([_local(name, value, layout) if _is_dtensor(value) else value for name, value in values.items()])
 
 
 def local_divisor(reduction: str, num_items: Any, layout: Layout | None) -> Any:

@@ -1,7 +1,6 @@
-"""What a call says of each token: logits, mask, targets and temperatures, checked and flattened to rows.
+"""What a call says of each token: mask, targets and temperatures, checked and flattened to rows.
 
-A row is a token. The operators take logits as (outer, inner, V), whose outer * inner rows have any two strides, so that
-logits[:, :-1] of a (batch, time, V) tensor is not copied; every other value per row is one-dimensional.
+A row is a token, and every value per row is one-dimensional.
 """
 
 from typing import NamedTuple
@@ -57,27 +56,17 @@ def tokens_of(source: Source, mask: Tensor | None, temperature: float | Tensor) 
     if mask is None:
         return Tokens(None, tau, source.shape)
     _check_per_token("mask", mask, source)
-    if mask.is_complex():
-        raise TypeError(f"mask has dtype {mask.dtype}, expected bool, an integer or a float dtype")
     mask = _flat(mask)
     if mask.dtype == torch.bool:
         return Tokens(mask, tau, source.shape)
+    if mask.is_complex():
+        raise TypeError(f"mask has dtype {mask.dtype}, expected bool, an integer or a float dtype")
     if mask.dtype.is_signed:
         if values_visible(mask):
             _check_not_negative(mask)
         else:
             tau = _nan_where(mask < 0, tau, source)
     return Tokens(mask.to(source.dtype) if mask.is_floating_point() else mask != 0, tau, source.shape)
-
-
-def rows_of_logits(logits: Tensor) -> Tensor:
-    """(..., V) to (outer, inner, V) with contiguous columns; a view unless the rows need more than two strides."""
-    logits = logits.resolve_neg()
-    if logits.stride(-1) != 1 and logits.shape[-1] != 1:
-        logits = logits.contiguous()
-    if logits.dim() == 3 and logits.stride(0) != logits.shape[1] * logits.stride(1):
-        return logits
-    return logits.reshape(1, logits.shape[:-1].numel(), logits.shape[-1])
 
 
 def rows_of_target(
@@ -93,7 +82,7 @@ def rows_of_target(
         raise TypeError(f"target has dtype {target.dtype}, expected an integer dtype")
     target = _flat(target).to(torch.int64)
     first, vocab = (0, columns) if shard is None else shard.first_and_total(columns, target.device)
-    if values_visible(target):
+    if values_visible(target) and not _within(target, vocab):
         out_of_range = (target < 0) | (target >= vocab)
         if kept is not None:
             out_of_range &= kept
@@ -102,6 +91,14 @@ def rows_of_target(
             hint = f"; leave ignored tokens out with mask=target != {one}" if one < 0 else ""
             raise ValueError(f"target has {one} where it is not masked, expected values in [0, {int(vocab)}){hint}")
     return target if shard is None else target - first
+
+
+def _within(target: Tensor, vocab: int | Tensor) -> bool:
+    """Whether every target lies in [0, vocab), found in one pass and without memory."""
+    if target.numel() == 0:
+        return True
+    lowest, highest = target.aminmax()
+    return bool(lowest.item() >= 0 and highest.item() < vocab)
 
 
 def _temperature(temperature: float | Tensor, source: Source) -> Temperature:

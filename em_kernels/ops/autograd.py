@@ -11,6 +11,8 @@ from torch.autograd import forward_ad
 
 from em_kernels.ops.types import Upstream
 
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+
 
 def is_traced(*operands: Tensor) -> bool:
     """Whether something watches or records the call, which must then go through the registered operators.
@@ -21,7 +23,7 @@ def is_traced(*operands: Tensor) -> bool:
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None
-        or any(type(operand) not in (Tensor, torch.nn.Parameter) for operand in operands)
+        or not _PLAIN.issuperset(map(type, operands))
     )
 
 
@@ -76,10 +78,11 @@ def scaled_gradients(
 
 
 def _refuse_batched(*gradients: Tensor | None) -> None:
-    if not torch.compiler.is_compiling() and any(
-        g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in gradients
-    ):
-        raise RuntimeError("em_kernels has no backward with is_grads_batched=True; call it once for each gradient")
+    if torch.compiler.is_compiling():
+        return
+    for g in gradients:
+        if g is not None and torch._C._functorch.is_legacy_batchedtensor(g):
+            raise RuntimeError("em_kernels has no backward with is_grads_batched=True; call it once for each gradient")
 
 
 def arguments_of(operator: Callable[..., Any]) -> Callable[[Sequence[Any]], SimpleNamespace]:

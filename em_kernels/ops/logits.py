@@ -1,8 +1,9 @@
 """The operators on logits, differentiable and registered with torch.library.
 
     row_statistics         one read of the logits; its backward reads them again and writes the gradient
-    entropy_with_gradient  the reduced loss and its gradient at once, while a row is still in cache; its backward only
-                           hands the gradient on, scaled in place where the upstream gradient is not 1
+    entropy_with_gradient  the reduced loss and, where it is needed, its gradient at once, while a row is still in
+                           cache; its backward only hands the gradient on, scaled in place where the upstream gradient
+                           is not 1
 
 Whoever traces or watches the call sees the registered operator. A plain eager call goes straight to the same backend
 under an autograd.Function: the registered route costs the host tens of microseconds a call, as much as the kernel
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from em_kernels.ops import backend as backends
 from em_kernels.ops.autograd import (
     arguments_of,
     is_traced,
@@ -33,6 +35,7 @@ from em_kernels.ops.types import (
     Wanted,
     new_gradient,
     row_count,
+    rows_of_logits,
     statistics_dtype,
 )
 
@@ -65,14 +68,30 @@ def entropy_with_gradient(
     temperature: Temperature,
     backend: str,
     *,
+    needs_gradient: bool,
     inplace_backward: bool = False,
 ) -> Tensor:
-    """The sum over rows of w H / divisor, a scalar, with its gradient made on the way."""
+    """The sum over rows of w H / divisor, a scalar, with its gradient made on the way where one is needed.
+
+    The logits are (..., V) with any strides. Their rows are made where autograd does not record: a recorded view would
+    cost the host more, in the backward too.
+    """
     refuse_unsupported(logits)
     if is_traced(logits):
         divisor = divisor.known(token_weight, statistics_dtype(logits.dtype))
-        return _entropy_with_gradient_op(logits, token_weight, divisor.total, divisor.number, *temperature, backend)[0]
-    return _EntropyWithGradient.apply(logits, token_weight, divisor, temperature, backend, inplace_backward)[0]
+        return _entropy_with_gradient_op(
+            rows_of_logits(logits),
+            token_weight,
+            divisor.total,
+            divisor.number,
+            *temperature,
+            needs_gradient,
+            backend,
+        )[0]
+    if needs_gradient:
+        return _EntropyWithGradient.apply(logits, token_weight, divisor, temperature, backend, inplace_backward)[0]
+    rows = rows_of_logits(logits)
+    return backends.implementation(backend).entropy_with_gradient(rows, token_weight, divisor, temperature, None)
 
 
 # ------------------------------------------------------------------------------------------------- the direct route
@@ -106,10 +125,13 @@ class _RowStatistics(torch.autograd.Function):
 class _EntropyWithGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, token_weight, divisor, temperature, backend, inplace_backward):
-        ctx.place, ctx.inplace_backward = Place(backend), inplace_backward
+        functions = backends.implementation(backend)
+        ctx.scale_, ctx.inplace_backward = functions.scale_, inplace_backward
+        rows = rows_of_logits(logits)
         # detach() shares the version counter, so that an in-place change of the logits before backward is noticed.
         gradient = logits.detach() if inplace_backward else new_gradient(logits)
-        loss = implementation(ctx.place).entropy_with_gradient(logits, token_weight, divisor, temperature, gradient)
+        out = rows if inplace_backward else gradient.view(rows.shape)
+        loss = functions.entropy_with_gradient(rows, token_weight, divisor, temperature, out)
         if inplace_backward:
             torch.autograd.graph.increment_version(gradient)
         ctx.set_materialize_grads(False)
@@ -120,7 +142,7 @@ class _EntropyWithGradient(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, grad_gradient: Tensor | None) -> tuple[Tensor | None, ...]:
         # A gradient in the logits' own memory is no result of the forward, so its use cannot be seen here.
         refuse_second_derivative(grad_loss if ctx.inplace_backward and torch.is_grad_enabled() else grad_gradient)
-        return *scaled_gradients(ctx.saved_tensors, grad_loss, implementation(ctx.place).scale_), *[None] * 5
+        return *scaled_gradients(ctx.saved_tensors, grad_loss, ctx.scale_), *[None] * 5
 
 
 # --------------------------------------------------------------------------------------------- the registered route
@@ -207,13 +229,15 @@ def _loss_and_gradient(
     number: int,
     row_temperature: Tensor | None,
     temperature: float,
+    needs_gradient: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    gradient = new_gradient(logits)
-    loss = implementation(Place(backend)).entropy_with_gradient(
+    """The loss and its gradient, which is empty where it is not needed."""
+    gradient = new_gradient(logits) if needs_gradient else None
+    loss = backends.implementation(backend).entropy_with_gradient(
         logits, token_weight, Divisor(divisor, number), Temperature(row_temperature, temperature), gradient
     )
-    return loss, gradient
+    return loss, logits.new_empty(0) if gradient is None else gradient
 
 
 _entropy_with_gradient_op = torch.library.custom_op(
@@ -223,13 +247,15 @@ _arguments_of_entropy = arguments_of(_loss_and_gradient)
 
 
 @_entropy_with_gradient_op.register_fake
-def _(logits, *_):
-    return logits.new_empty((), dtype=statistics_dtype(logits.dtype)), new_gradient(logits)
+def _(*inputs):
+    at = _arguments_of_entropy(inputs)
+    gradient = new_gradient(at.logits) if at.needs_gradient else at.logits.new_empty(0)
+    return at.logits.new_empty((), dtype=statistics_dtype(at.logits.dtype)), gradient
 
 
 def _setup_entropy_with_gradient(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     _, gradient = output
-    ctx.place = Place(_arguments_of_entropy(inputs).backend)
+    ctx.scale_ = backends.implementation(_arguments_of_entropy(inputs).backend).scale_
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(gradient)
 
@@ -238,8 +264,7 @@ def _backward_entropy_with_gradient(
     ctx: Any, grad_loss: Tensor, grad_gradient: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     refuse_second_derivative(grad_gradient)
-    scale_ = implementation(ctx.place).scale_
-    return *scaled_gradients(ctx.saved_tensors, grad_loss, scale_), *[None] * (len(ctx.needs_input_grad) - 1)
+    return *scaled_gradients(ctx.saved_tensors, grad_loss, ctx.scale_), *[None] * (len(ctx.needs_input_grad) - 1)
 
 
 _entropy_with_gradient_op.register_autograd(_backward_entropy_with_gradient, setup_context=_setup_entropy_with_gradient)

@@ -103,14 +103,15 @@ class _OverRanks:
         token_weight: Tensor | None,
         divisor: Divisor,
         temperature: Temperature,
-        out: Tensor,
+        out: Tensor | None,
         softcap: float | None = None,
     ) -> Tensor:
         kept = None if token_weight is None else token_weight != 0
         found, saved = self.row_statistics(logits, kept, temperature, None, Wanted(), softcap)
-        row_factor = divisor.row_factor(logits, row_count(logits), token_weight)
-        self.row_gradient(logits, saved, None, Upstream(entropy=row_factor), out, softcap)
-        return (found.entropy * row_factor).sum()
+        if out is not None:
+            row_factor = divisor.row_factor(logits, row_count(logits), token_weight)
+            self.row_gradient(logits, saved, None, Upstream(entropy=row_factor), out, softcap)
+        return divisor.reduced(found.entropy, token_weight)
 
     def _united(
         self,

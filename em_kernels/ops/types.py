@@ -1,7 +1,8 @@
 """The values that travel together through the operators, each with its name.
 
 A row is a token. Logits are (outer, inner, V) with contiguous columns and any two strides between their outer * inner
-rows; every other tensor holds one number per row, in the rows' order, unless its description says otherwise.
+rows, so that logits[:, :-1] of a (batch, time, V) tensor is not copied; every other tensor holds one number per row, in
+the rows' order, unless its description says otherwise.
 """
 
 from collections.abc import Callable
@@ -23,13 +24,23 @@ def host_sees(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
+def rows_of_logits(logits: Tensor) -> Tensor:
+    """(..., V) to (outer, inner, V) with contiguous columns; a view unless the rows need more than two strides."""
+    logits = logits.resolve_neg()
+    if logits.stride(-1) != 1 and logits.shape[-1] != 1:
+        logits = logits.contiguous()
+    if logits.dim() == 3 and logits.stride(0) != logits.shape[1] * logits.stride(1):
+        return logits
+    return logits.reshape(1, logits.shape[:-1].numel(), logits.shape[-1])
+
+
 def row_count(logits: Tensor) -> int:
     return logits.shape[0] * logits.shape[1]
 
 
 def new_gradient(logits: Tensor) -> Tensor:
     """Memory for the gradient of the logits, contiguous, whatever the strides of the logits are."""
-    return logits.new_empty(logits.shape)
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
 class Temperature(NamedTuple):
@@ -63,6 +74,12 @@ class Divisor(NamedTuple):
         if token_weight is None:
             raise ValueError("the divisor is the sum of the token weights, and there are none")
         return Divisor(token_weight.sum(dtype=dtype), self.number)
+
+    def reduced(self, values: Tensor, token_weight: Tensor | None) -> Tensor:
+        """The sum of w times the value of each row, 0 in a masked row, over the divisor."""
+        if token_weight is not None and token_weight.is_floating_point():
+            values = values * token_weight
+        return self.known(token_weight, values.dtype).divide(values.sum())
 
     def divide(self, values: Tensor) -> Tensor:
         values = values if self.number == 1 else values / self.number

@@ -340,7 +340,10 @@ DIVISORS = [
 ]
 
 
-@pytest.mark.parametrize("divisor", DIVISORS, ids=["sum", "count", "total", "integer total and count", "zero"])
+DIVISOR_IDS = ["sum", "count", "total", "integer total and count", "zero"]
+
+
+@pytest.mark.parametrize("divisor", DIVISORS, ids=DIVISOR_IDS)
 @pytest.mark.parametrize("weight", WEIGHTS, ids=["no weight", "bool", "float", "zero"])
 def test_loss_and_gradient(subject, weight, divisor):
     z, _, tau = draw(150)
@@ -352,6 +355,23 @@ def test_loss_and_gradient(subject, weight, divisor):
     assert loss.dtype == torch.float32
     assert_close(loss, (factor * reference.row_statistics(flat, temperature=tau).entropy).sum())
     assert_gradient(grad.view(ROWS, -1), factor.unsqueeze(-1) * entropy_gradient(flat.double(), tau), torch.float32)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0], ids=["no cap", "cap"])
+@pytest.mark.parametrize("divisor", [*DIVISORS, Divisor(of_weights=True)], ids=[*DIVISOR_IDS, "of weights"])
+@pytest.mark.parametrize("weight", WEIGHTS, ids=["no weight", "bool", "float", "zero"])
+def test_loss_without_a_gradient_is_that_with_one(subject, weight, divisor, softcap):
+    z, _, tau = draw(150)
+    if weight is not None:
+        z.view(ROWS, -1)[weight == 0] = NAN
+    before = z.clone()
+    arguments = map(subject.place, (z, weight, divisor, Temperature(tau)))
+    alone = subject.functions.entropy_with_gradient(*arguments, None, softcap)
+    assert_close(alone, subject.entropy_with_gradient(z, weight, divisor, Temperature(tau), softcap=softcap)[0])
+    assert alone.shape == ()
+    assert alone.dtype == torch.float32
+    assert alone.isfinite()
+    assert torch.equal(z.nan_to_num(), before.nan_to_num())
 
 
 @pytest.mark.parametrize("vocab", VOCABS, ids="V{}".format)

@@ -54,7 +54,7 @@ def test_opcheck_entropy_with_gradient(implementation, rows, requires_grad):
         (rows["mask"], torch.tensor(4.0, device=device), None),
         (torch.rand(6, device=device), torch.tensor(2.5, device=device), rows["temperature"]),
     ):
-        inputs = (logits, weight, divisor, 3, temperature, 0.7, implementation.backend)
+        inputs = (logits, weight, divisor, 3, temperature, 0.7, requires_grad, implementation.backend)
         opcheck_loss(operators._entropy_with_gradient_op, inputs)
 
 

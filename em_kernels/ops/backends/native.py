@@ -1,9 +1,10 @@
 """The backend in C++ on the CPU: csrc/entropy_cpu.cpp through ctypes, on every core torch may use.
 
 Passes over memory: `row_sums` and `row_statistics` read the logits once, `row_gradient` reads them once and writes the
-gradient, `entropy_with_gradient` does both in one read and one write where a row fits the second-level cache. Nothing
-is allocated but the results, and a number per row of the loss. Logits of 16 bits are widened as they are read, and the
-arithmetic is that of float32 logits; a gradient may have fewer bits than its logits.
+gradient, `entropy_with_gradient` does both in one read and one write where a row fits the second-level cache, and only
+reads where no gradient is wanted. Nothing is allocated but the results, and a number per row of the loss. Logits of 16
+bits are widened as they are read, and the arithmetic is that of float32 logits; a gradient may have fewer bits than its
+logits.
 
 The library is optional: where it is missing, `unavailable_reason` says why, and the other functions raise that.
 """
@@ -46,8 +47,8 @@ _SIGNATURES = {
     "em_row_statistics": (_POINTER, _POINTER, *_TEMPERATURE, *(_POINTER,) * len(Statistics._fields), _POINTER),
     # saved, target; pointer and stride for each of Upstream; out
     "em_row_gradient": (_POINTER, _POINTER, *(_POINTER, _INT64) * len(Upstream._fields), *_OUT),
-    # kept, token_weight, divisor, temperature; loss, out
-    "em_entropy_with_gradient": (_POINTER, _POINTER, _DOUBLE, *_TEMPERATURE, _POINTER, *_OUT),
+    # kept, token_weight, divisor, of_weights, temperature; loss, out
+    "em_entropy_with_gradient": (_POINTER, _POINTER, _DOUBLE, _INT, *_TEMPERATURE, _POINTER, *_OUT),
 }
 
 
@@ -105,22 +106,21 @@ def entropy_with_gradient(
     token_weight: Tensor | None,
     divisor: Divisor,
     temperature: Temperature,
-    out: Tensor,
+    out: Tensor | None,
     softcap: float | None = None,
 ) -> Tensor:
     is_bool = token_weight is not None and token_weight.dtype == torch.bool
     kept_and_weight = (token_weight, None) if is_bool else (None, token_weight)
-    total = token_weight.sum() if divisor.of_weights and token_weight is not None else divisor.total
     # 0 counts as 1.
-    divided_by = (1.0 if total is None else total.item() or 1.0) * divisor.number
+    divided_by = (1.0 if divisor.total is None else divisor.total.item() or 1.0) * divisor.number
     loss = logits.new_empty((), dtype=torch.float32)
-    weight = (*kept_and_weight, divided_by)
+    weight = (*kept_and_weight, divided_by, divisor.of_weights and token_weight is not None)
     _call("em_entropy_with_gradient", logits, softcap, *weight, *temperature, loss, *_out(out))
     return loss
 
 
-def _out(out: Tensor) -> tuple[Tensor, int, int, int]:
-    return out, _DTYPES[out.dtype], out.stride(0), out.stride(1)
+def _out(out: Tensor | None) -> tuple[Tensor | None, int, int, int]:
+    return (None, 0, 0, 0) if out is None else (out, _DTYPES[out.dtype], out.stride(0), out.stride(1))
 
 
 def _call(function: str, logits: Tensor, softcap: float | None, *arguments: Tensor | float | None) -> None:

@@ -109,7 +109,7 @@ def entropy_with_gradient(
     token_weight: Tensor | None,
     divisor: Divisor,
     temperature: Temperature,
-    out: Tensor,
+    out: Tensor | None,
     softcap: float | None = None,
 ) -> Tensor:
     row_factor = divisor.row_factor(logits, row_count(logits), token_weight)
@@ -121,6 +121,8 @@ def entropy_with_gradient(
         s = e.sum(dim=-1)
         mean_d = (d * e).sum(dim=-1) / s
         entropy[index] = (s.log() - mean_d).to(entropy.dtype)
+        if out is None:
+            continue
         e *= d.sub_(mean_d.unsqueeze(-1))
         e *= (-row_factor[index] * inv_tau[index] / s).unsqueeze(-1)
         _write_block(out, index, _times_slope(e, z, softcap))

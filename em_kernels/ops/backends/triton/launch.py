@@ -4,7 +4,7 @@
     row_statistics          the same, which finishes rows that are not split; `finish_kernel` finishes split ones.
     row_gradient            `coefficients_kernel`, `row_gradient_kernel`: one read, one write.
     entropy_with_gradient   `entropy_gradient_kernel`: one read and one write of device memory, and one more read of the
-                            second-level cache.
+                            second-level cache. Without a gradient, `row_statistics` and a sum.
     scale_                  `scale_kernel`: one read of the factor, and where that is not 1, a read and a write of all.
 
 All sums are float32, logits float32, bfloat16 or float16. Reductions have a fixed order: results repeat bit for bit.
@@ -35,8 +35,8 @@ _THREADS = 128
 # programs a multiprocessor have 160 KB under way at most. Little's law asks for 32 KB at 4.8 TB/s and a latency of 900
 # ns, and a program has loads under way for about a quarter of its time.
 _LARGEST_FUSED, _LARGEST_STREAMED = 16, 8
-# Registers of a thread so that five programs of 128 threads share the 65,536 of a multiprocessor, or four, where a block
-# is more work.
+# Registers of a thread so that five programs of 128 threads share the 65,536 of a multiprocessor; or four, which a block
+# with more to do needs.
 _REGISTERS, _MORE_REGISTERS = 96, 128
 # Splits of a row are united by one program from one vector of this many parts: about one a multiprocessor.
 _MAX_SPLITS = 128
@@ -226,12 +226,16 @@ def entropy_with_gradient(
     token_weight: Tensor | None,
     divisor: Divisor,
     temperature: Temperature,
-    out: Tensor,
+    out: Tensor | None,
     softcap: float | None = None,
 ) -> Tensor:
     rows = row_count(logits)
     if rows == 0:
         return logits.new_zeros((), dtype=torch.float32)
+    if out is None:
+        kept = token_weight != 0 if token_weight is not None and token_weight.is_floating_point() else token_weight
+        found, _ = row_statistics(logits, kept, temperature, None, Wanted(), softcap)
+        return divisor.reduced(found.entropy, token_weight)
     block, registers = _fused(logits, out, softcap)
     parts = block.a_row
     sum_weights = divisor.of_weights and token_weight is not None
