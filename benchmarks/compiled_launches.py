@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from em_kernels.ops.backends.triton import launch
+from em_kernels.ops.backends.triton import blocks
 
 
 class Target(NamedTuple):
@@ -80,9 +80,9 @@ def compile_launches(name: str) -> list[Launch]:
     """From now on, compile for the target of this name instead of launching; the list that is returned grows."""
     target = TARGETS[name]
     triton.runtime.driver.set_active(_Driver(target.gpu))
-    launch._THREADS_PER_WARP = target.gpu.warp_size
-    launch._LIMITS_REGISTERS = target.gpu.backend == "cuda"
-    launch._multiprocessors = lambda device: target.multiprocessors
+    blocks.THREADS_PER_WARP = target.gpu.warp_size
+    blocks.LIMITS_REGISTERS = target.gpu.backend == "cuda"
+    blocks.multiprocessors = lambda device: target.multiprocessors
     launches: list[Launch] = []
     found: dict[str, Compiled] = {}
 

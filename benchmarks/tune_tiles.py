@@ -8,6 +8,7 @@ TRITON_INTERPRET=1.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
@@ -142,12 +143,12 @@ def kernels(logits: Tensor, out: Tensor, names: tuple[str, ...]) -> dict[str, Ke
 
 def table_choice(kernel: str, logits: Tensor) -> Choice:
     """Return what the launchers choose for logits of shape (1, rows, V)."""
-    launch: Any = backend.implementation("triton")
+    from em_kernels.ops.backends.triton import blocks, launch
 
     if kernel != "fused":
-        return Choice(launch._THREADS, launch._block(logits, launch._LARGEST_STREAMED).unroll)
-    block, registers = launch._fused(logits, logits, None)
-    return Choice(launch._THREADS, block.unroll, _lag(logits, launch._LAG_BYTES), registers)
+        return Choice(blocks.THREADS, blocks.block_of(logits, blocks.LARGEST_STREAMED).unroll)
+    block, registers = blocks.fused_block(logits, logits, None)
+    return Choice(blocks.THREADS, block.unroll, _lag(logits, launch._LAG_BYTES), registers)
 
 
 def choices(c: Configuration, logits: Tensor, current: Choice) -> list[Choice]:
@@ -172,16 +173,18 @@ def _row_bytes(logits: Tensor) -> int:
 
 def _chosen(choice: Choice, logits: Tensor) -> Any:
     """Return a context in which every launch makes this choice."""
-    launch: Any = backend.implementation("triton")
+    from em_kernels.ops.backends.triton import blocks, launch
 
-    values: dict[str, Any] = {
-        "_THREADS": choice.threads,
-        "_block": lambda logits, largest: launch._Block(choice.unroll, logits.element_size(), launch._width(logits)),
-    }
+    def chosen(logits: Tensor, *_: Any) -> Any:
+        return blocks.Block(choice.unroll, logits.element_size(), blocks.width_of(logits))
+
+    values = {"THREADS": choice.threads, "block_of": chosen}
+    context = ExitStack()
     if choice.lag is not None:
-        values["_LAG_BYTES"] = choice.lag * _row_bytes(logits)
-        values["_fused"] = lambda logits, out, softcap: (launch._block(logits, 0), choice.registers)
-    return patch.multiple(launch, **values)
+        values["fused_block"] = lambda logits, *_: (chosen(logits), choice.registers)
+        context.enter_context(patch.object(launch, "_LAG_BYTES", choice.lag * _row_bytes(logits)))
+    context.enter_context(patch.multiple(blocks, **values))
+    return context
 
 
 def missing(device: torch.device) -> dict[str, str]:

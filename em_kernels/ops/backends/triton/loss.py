@@ -24,7 +24,7 @@ from em_kernels.ops.backends.triton.arithmetic import (
     unite,
 )
 from em_kernels.ops.backends.triton.schedule import task_of
-from em_kernels.ops.backends.triton.statistics import load_sums, logits_of, store_sums
+from em_kernels.ops.backends.triton.sums import load_sums, logits_of, store_sums
 from em_kernels.ops.backends.triton.tiles import find_row, load_block, places_in, store_block, store_zeros
 
 # What `counters` hold: the next ticket, the number of rows that have stored their loss, the bits of the float32 sum of
