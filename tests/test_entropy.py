@@ -456,3 +456,14 @@ def test_gradcheck(shape):
         assert torch.autograd.gradcheck(
             lambda z, reduction=reduction: entropy_loss(z, mask, temperature=0.7, reduction=reduction), logits
         )
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("temperature", [1e-30, 1e-22, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=names)
+def test_gradients_are_finite_at_the_ends_of_the_range_of_temperatures(implementation, dtype, temperature, reduction):
+    implementation.skip_dtype(dtype)
+    logits = make_logits(implementation, 2, 3, 300, dtype=dtype).requires_grad_()
+    loss = entropy_loss(logits, temperature=temperature, reduction=reduction, backend=implementation.backend)
+    (gradient,) = torch.autograd.grad(loss.sum(), logits)
+    assert gradient.isfinite().all()
