@@ -105,7 +105,8 @@ def row_gradient_kernel(
     row = tl.program_id(0).to(tl.int64)
     plane = rows.to(tl.int64)
     start = tl.program_id(1) * (LANES * UNROLL * VECTOR)
-    at = find_row(logits, row, inner, outer_stride, inner_stride, vocab, misaligned, VECTOR)
+    address, begin = find_row(logits, row, inner, outer_stride, inner_stride, misaligned, VECTOR)
+    at = (address, misaligned, vocab) if misaligned is None else (address, begin, begin + vocab)
     out = places_in(out, row, inner, out_outer_stride, out_inner_stride, at, VECTOR, CONGRUENT)
     saved += row
     scale_hi = tl.load(saved + 5 * plane)

@@ -177,6 +177,8 @@ def entropy_with_gradient(
             softcap=softcap,
             SUM_WEIGHTS=sum_weights,
             PARTS=parts,
+            # A warp's vector at least, which is united without an exchange between warps.
+            MAX_PARTS=max(32, triton.next_power_of_2(parts)),
             **block.arguments(),
             **({"maxnreg": registers} if blocks.LIMITS_REGISTERS else {}),
         )

@@ -61,6 +61,7 @@ def entropy_gradient_kernel(
     softcap,
     SUM_WEIGHTS: tl.constexpr,
     PARTS: tl.constexpr,
+    MAX_PARTS: tl.constexpr,
     LANES: tl.constexpr,
     UNROLL: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -81,13 +82,13 @@ def entropy_gradient_kernel(
         ticket -= 1
     row, part, is_gradient = task_of(ticket, rows, PARTS, lag)
     start = part * (LANES * UNROLL * VECTOR)
-    at = find_row(logits, row, inner, outer_stride, inner_stride, vocab, misaligned, VECTOR)
+    address, begin = find_row(logits, row, inner, outer_stride, inner_stride, misaligned, VECTOR)
+    at = (address, misaligned, vocab) if misaligned is None else (address, begin, begin + vocab)
     arrived = counters + FIRST_ROW + row
     # A row's sums are (field, part).
     partials = scratch + 3 * PARTS * row.to(tl.int64)
     scale_hi, scale_lo = exponent_scale(row_temperature, common_hi, common_lo, row)
     EXACT: tl.constexpr = logits.dtype.element_ty == tl.float32
-    MAX_PARTS: tl.constexpr = max(32, triton.next_power_of_2(PARTS))
     weight = 1.0
     if token_weight is not None:
         weight = tl.load(token_weight + row).to(tl.float32)
@@ -165,7 +166,7 @@ def block_sums(
     block = load_block(row, start, LANES, UNROLL, VECTOR, True)
     sums = None
     # As many logits at a time as registers hold in float32, beside the rest of the block as it was loaded.
-    GROUP: tl.constexpr = min(UNROLL, 4)
+    GROUP: tl.constexpr = 4 if UNROLL >= 4 else UNROLL
     for i in tl.static_range(UNROLL // GROUP):
         sums = accumulate(sums, logits_of(block, i * GROUP, GROUP, softcap), scale_hi, scale_lo, False, False)
     return unite(sums, scale_hi, scale_lo, False, False)
@@ -212,7 +213,8 @@ def scale_kernel(
     if factor == 1.0:
         return
     for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
-        row = find_row(gradient, block // parts, inner, outer_stride, inner_stride, vocab, misaligned, VECTOR)
+        address, begin = find_row(gradient, block // parts, inner, outer_stride, inner_stride, misaligned, VECTOR)
+        row = (address, misaligned, vocab) if misaligned is None else (address, begin, begin + vocab)
         start = (block % parts) * (LANES * UNROLL * VECTOR)
         tiles = load_block(row, start, LANES, UNROLL, VECTOR, False)
         store_block(row[0], row, start, tiles, product, (factor,), LANES, VECTOR, True)

@@ -65,7 +65,8 @@ def partial_sums_kernel(
                 store_masked(row, plane, (entropy, lse, logprob, varentropy, extra, saved))
             return
     scale_hi, scale_lo = exponent_scale(row_temperature, common_hi, common_lo, row)
-    at = find_row(logits, row, inner, outer_stride, inner_stride, vocab, misaligned, VECTOR)
+    address, begin = find_row(logits, row, inner, outer_stride, inner_stride, misaligned, VECTOR)
+    at = (address, misaligned, vocab) if misaligned is None else (address, begin, begin + vocab)
     column = None
     if target is not None:
         column = tl.load(target + row)

@@ -33,15 +33,18 @@ def row_offset(row, inner, outer_stride, inner_stride):
 
 
 @triton.jit
-def find_row(tensor, row, inner, outer_stride, inner_stride, vocab, misaligned, VECTOR: tl.constexpr):
-    """(address, begin, end) of a row of a tensor of shape (outer, inner, V)."""
+def find_row(tensor, row, inner, outer_stride, inner_stride, misaligned, VECTOR: tl.constexpr):
+    """The address of the boundary at or before a row of a tensor of shape (outer, inner, V), and the row's first place.
+
+    A row is passed on as (address, begin, end), with `misaligned` for `begin` where that is None. The kernel makes this
+    tuple, because a function of Triton 3.5 and 3.6 can take a None and not return one.
+    """
     offset = row_offset(row, inner, outer_stride, inner_stride)
     BYTES: tl.constexpr = VECTOR * tensor.dtype.element_ty.primitive_bitwidth // 8
-    if misaligned is None:
-        return tl.multiple_of(tensor + offset, BYTES), None, vocab
-    else:
+    begin = 0
+    if misaligned is not None:
         begin = ((offset + misaligned) % VECTOR).to(tl.int32)
-        return tl.multiple_of(tensor + (offset - begin), BYTES), begin, begin + vocab
+    return tl.multiple_of(tensor + (offset - begin), BYTES), begin
 
 
 @triton.jit
