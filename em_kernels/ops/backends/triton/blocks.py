@@ -22,9 +22,9 @@ THREADS = 128
 # programs a multiprocessor have 160 KB under way at most. Little's law asks for 32 KB at 4.8 TB/s and a latency of 900
 # ns, and a program has loads under way for about a quarter of its time.
 LARGEST_FUSED, LARGEST_STREAMED = 16, 8
-# Registers of a thread so that five programs of 128 threads share the 65,536 of a multiprocessor; or four, for a block
-# with more to do.
-_REGISTERS, _MORE_REGISTERS = 96, 128
+# Registers of a thread so that three programs of 128 threads share the 65,536 of a multiprocessor, for blocks with more to
+# do than `registers` has room for.
+_MORE_REGISTERS = 168
 # Splits of a row are united by one program from one vector of this many parts: about one a multiprocessor.
 MAX_SPLITS = 128
 # Programs per multiprocessor that keep enough loads in flight; fewer rows than this are split.
@@ -92,7 +92,7 @@ def fused_block(logits: Tensor, out: Tensor, softcap: float | None) -> tuple[Blo
     is_simple = misaligned(logits) is None and out.dtype == logits.dtype
     block = block_of(logits, LARGEST_FUSED if is_simple else LARGEST_STREAMED)
     is_plain = is_simple and softcap is None and logits.dtype != torch.float16
-    return block, _REGISTERS if is_plain else _MORE_REGISTERS
+    return block, registers(logits.device) if is_plain else _MORE_REGISTERS
 
 
 def splits_of(logits: Tensor) -> Splits:
@@ -106,3 +106,12 @@ def splits_of(logits: Tensor) -> Splits:
 def multiprocessors(device: torch.device) -> int:
     # The CPU, where kernels are interpreted, counts as few, so that small inputs take every path.
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+
+
+@functools.cache
+def registers(device: torch.device) -> int:
+    """Registers of a thread so that five programs of 128 threads share a multiprocessor, or four.
+
+    On an sm_100 the compiler does not do with what is left to each of five.
+    """
+    return 128 if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 10 else 96
