@@ -40,7 +40,7 @@ READ = ("cuda:90", "cuda:100")
 MOST_FURTHER, MOST_OF_ALL = {2: 18, 4: 42}, {2: 21, 4: 47}
 # A part of so many loads of a thread is full, and one of so many is half full.
 FULL, HALF = 16, 8
-# Five programs of 128 threads share a multiprocessor if a thread has no more than 96 registers, four if no more than 128.
+# Five programs of 128 threads share a multiprocessor if a thread has up to 96 registers, and four if it has up to 128.
 SHARING_REGISTERS = {"cuda:90": 96, "cuda:100": 128}
 # An odd vocabulary and one that is a multiple of 8, with blocks of the same size.
 ODD, EVEN = 128_257, 50_264

@@ -22,8 +22,8 @@ THREADS = 128
 # programs a multiprocessor have 160 KB under way at most. Little's law asks for 32 KB at 4.8 TB/s and a latency of 900
 # ns, and a program has loads under way for about a quarter of its time.
 LARGEST_FUSED, LARGEST_STREAMED = 16, 8
-# Registers of a thread so that three programs of 128 threads share the 65,536 of a multiprocessor, for blocks with more to
-# do than `registers` has room for.
+# Registers of a thread so that three programs of 128 threads share the 65,536 of a multiprocessor: for blocks with more
+# to do than `registers` leaves room for.
 _MORE_REGISTERS = 168
 # Splits of a row are united by one program from one vector of this many parts: about one a multiprocessor.
 MAX_SPLITS = 128
