@@ -81,9 +81,8 @@ def compile_launches(name: str) -> list[Launch]:
     target = TARGETS[name]
     triton.runtime.driver.set_active(_Driver(target.gpu))
     blocks.THREADS_PER_WARP = target.gpu.warp_size
-    blocks.LIMITS_REGISTERS = target.gpu.backend == "cuda"
     blocks.multiprocessors = lambda device: target.multiprocessors
-    blocks.registers = lambda device: 128 if name == "cuda:100" else 96
+    blocks.limits_registers = lambda device: name in ("cuda:80", "cuda:90")
     launches: list[Launch] = []
     found: dict[str, Compiled] = {}
 

@@ -160,7 +160,7 @@ def choices(c: Configuration, logits: Tensor, current: Choice) -> list[Choice]:
         return sorted({current, *(Choice(*block) for block in _STREAMED_BLOCKS[c.size])})
     blocks = {Choice(threads, unroll, current.lag, registers) for threads, unroll, registers in _FUSED_BLOCKS[c.size]}
     lags = {current._replace(lag=_lag(logits, lag_bytes)) for lag_bytes in _LAGS[c.size]}
-    return sorted({current} | blocks | lags)
+    return sorted({current} | blocks | lags, key=str)
 
 
 def _lag(logits: Tensor, lag_bytes: int) -> int:

@@ -157,8 +157,8 @@ def test_the_body_of_an_odd_row_is_that_of_an_even_one(compiled, target):
             (row["kernel"], form["call"], form["dtype"], form["rows"], form["plain"]): row
             for row in compiled[target]
             for form in row["forms"]
-            # Fewer rows have blocks that differ by the vocabulary.
-            if form["vocab"] == vocab and form["rows"] == 4096 and row["pieces"]
+            # Fewer rows have blocks that differ by the vocabulary, and to find the target among all is more work.
+            if form["vocab"] == vocab and form["rows"] == 4096 and "all" not in form["call"] and row["pieces"]
         }
 
     odd, even = by_form(ODD), by_form(EVEN)

@@ -14,17 +14,15 @@ from em_kernels.ops.backends.triton.addressing import VECTOR_BYTES, misaligned
 from em_kernels.ops.types import row_count
 
 THREADS_PER_WARP = 64 if torch.version.hip else 32
-# Triton takes a limit on registers for NVIDIA's GPUs alone.
-LIMITS_REGISTERS = torch.version.hip is None
 # Few threads of many elements each: what a program does once is then little beside its elements.
 THREADS = 128
 # A block is at most 32 KB, 16 loads of a thread that are under way at once; where a kernel loops over blocks, 8. Five
 # programs a multiprocessor have 160 KB under way at most. Little's law asks for 32 KB at 4.8 TB/s and a latency of 900
 # ns, and a program has loads under way for about a quarter of its time.
 LARGEST_FUSED, LARGEST_STREAMED = 16, 8
-# Registers of a thread so that three programs of 128 threads share the 65,536 of a multiprocessor: for blocks with more
-# to do than `registers` leaves room for.
-_MORE_REGISTERS = 168
+# Registers of a thread so that five programs of 128 threads share the 65,536 of a multiprocessor; or three, for a block
+# with more to do.
+_REGISTERS, _MORE_REGISTERS = 96, 168
 # Splits of a row are united by one program from one vector of this many parts: about one a multiprocessor.
 MAX_SPLITS = 128
 # Programs per multiprocessor that keep enough loads in flight; fewer rows than this are split.
@@ -86,13 +84,14 @@ def width_of(logits: Tensor) -> int:
     return logits.shape[2] + before
 
 
-def fused_block(logits: Tensor, out: Tensor, softcap: float | None) -> tuple[Block, int]:
-    """The block of the fused kernel, and the registers that its threads may have."""
+def fused_block(logits: Tensor, out: Tensor, softcap: float | None) -> tuple[Block, int | None]:
+    """The block of the fused kernel, and the registers that its threads may have; None leaves them to the compiler."""
     # The ends of misaligned rows, and stores of another width than the loads, are more code.
     is_simple = misaligned(logits) is None and out.dtype == logits.dtype
     block = block_of(logits, LARGEST_FUSED if is_simple else LARGEST_STREAMED)
     is_plain = is_simple and softcap is None and logits.dtype != torch.float16
-    return block, registers(logits.device) if is_plain else _MORE_REGISTERS
+    limit = _REGISTERS if is_plain else _MORE_REGISTERS
+    return block, limit if limits_registers(logits.device) else None
 
 
 def splits_of(logits: Tensor) -> Splits:
@@ -109,9 +108,7 @@ def multiprocessors(device: torch.device) -> int:
 
 
 @functools.cache
-def registers(device: torch.device) -> int:
-    """Registers of a thread so that five programs of 128 threads share a multiprocessor, or four.
-
-    On an sm_100 the compiler does not do with what is left to each of five.
-    """
-    return 128 if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 10 else 96
+def limits_registers(device: torch.device) -> bool:
+    # Triton takes a limit for NVIDIA's GPUs alone. On an sm_100 the compiler takes 100 registers without a limit, and
+    # spills under one of 128.
+    return torch.version.hip is None and (device.type != "cuda" or torch.cuda.get_device_capability(device)[0] < 10)

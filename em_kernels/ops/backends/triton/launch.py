@@ -180,7 +180,7 @@ def entropy_with_gradient(
             # A warp's vector at least, which is united without an exchange between warps.
             MAX_PARTS=max(32, triton.next_power_of_2(parts)),
             **block.arguments(),
-            **({"maxnreg": registers} if blocks.LIMITS_REGISTERS else {}),
+            **({} if registers is None else {"maxnreg": registers}),
         )
     return loss
 
