@@ -76,6 +76,7 @@ def made_up(pieces: list[Piece], registers: int = 32) -> tuple[Launch, dict[str,
         warps=16,
         shared=0,
         code=b"",
+        assembly="",
         nvidia=True,
     )
     kernel.__dict__["resources"] = {"registers": registers, "spill_bytes": 0}
