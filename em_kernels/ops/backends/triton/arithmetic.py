@@ -155,8 +155,7 @@ def unite(sums, scale_hi, scale_lo, SECOND_MOMENT: tl.constexpr, EXTRA: tl.const
     """The sums of the whole from vectors of the parts' sums."""
     m = tl.max(sums[0], axis=0)
     m, s, a, b, count, sum_d, sum_e2 = move(sums, m, scale_hi, scale_lo, SECOND_MOMENT, EXTRA)
-    # One reduction of both waits for the threads half as often as two.
-    s, a = tl.reduce((s, a), 0, _add_pairs)
+    s, a = tl.sum(s, axis=0), tl.sum(a, axis=0)
     if SECOND_MOMENT:
         b = tl.sum(b, axis=0)
     if EXTRA:
@@ -164,11 +163,6 @@ def unite(sums, scale_hi, scale_lo, SECOND_MOMENT: tl.constexpr, EXTRA: tl.const
         sum_d = tl.where(m == -float("inf"), 0.0, tl.sum(sum_d, axis=0))
         sum_e2 = tl.sum(sum_e2, axis=0)
     return m, s, a, b, count, sum_d, sum_e2
-
-
-@triton.jit
-def _add_pairs(s, a, other_s, other_a):
-    return s + other_s, a + other_a
 
 
 @triton.jit

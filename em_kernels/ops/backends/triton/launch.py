@@ -46,9 +46,12 @@ def row_sums(
     partials = _partials(logits, wanted, splits)
     _sum(logits, kept, temperature, target, wanted, softcap, splits, partials)
     fields = iter(partials)
-    m, s, a = next(fields), next(fields), next(fields)
-    b = next(fields) if wanted.second_moment else None
+    # In the kernels' memory d is in units of log 2.
+    m, s, a = next(fields), next(fields), next(fields).mul_(math.log(2))
+    b = next(fields).mul_(math.log(2) ** 2) if wanted.second_moment else None
     parts = Sums(m, s, a, b, *fields)
+    if parts.sum_d is not None:
+        parts.sum_d.mul_(math.log(2))
     if partials.shape[1] == 1:
         return parts.each(lambda field: field[0])
     return combine(parts, temperature).each(Tensor.float)

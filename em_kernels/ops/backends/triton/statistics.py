@@ -10,8 +10,9 @@ with rest the sum s over the other columns. Where the target is the maximum, log
 log p_t and 1 - p_t keep their relative accuracy however close p_t is to 1. The gradient (see `gradient`) needs the
 logits and the seven planes of `em_kernels.ops.types.Saved`, which are written with the statistics.
 
-Sums and statistics are float32. In registers d and mean_d = a/s are in units of log 2 (see `arithmetic`), in memory
-everything is in nats. An argument that is None switches its part of a kernel off at compile time.
+Sums and statistics are float32. In the sums and in registers d and mean_d = a/s are in units of log 2 (see
+`arithmetic`), in the statistics and in what is saved everything is in nats. An argument that is None switches its part
+of a kernel off at compile time.
 """
 
 import triton

@@ -6,7 +6,7 @@ Only the block that holds the target pays for leaving it out.
 import triton
 import triton.language as tl
 
-from em_kernels.ops.backends.triton.arithmetic import LOG2_E, LOG_2, accumulate, capped, empty_sums, unite
+from em_kernels.ops.backends.triton.arithmetic import accumulate, capped, empty_sums, unite
 from em_kernels.ops.backends.triton.tiles import load_block, places_of_tile, widened
 
 
@@ -91,31 +91,31 @@ def load_sums(
     planes += part * stride
     m = tl.load(planes, mask=present, other=-float("inf"))
     s = tl.load(planes + plane, mask=present, other=0.0)
-    a = tl.load(planes + 2 * plane, mask=present, other=0.0) * LOG2_E
+    a = tl.load(planes + 2 * plane, mask=present, other=0.0)
     b, count, sum_d, sum_e2 = a, a, a, a
     if SECOND_MOMENT:
-        b = tl.load(planes + 3 * plane, mask=present, other=0.0) * (LOG2_E * LOG2_E)
+        b = tl.load(planes + 3 * plane, mask=present, other=0.0)
     if EXTRA:
         planes += (4 if SECOND_MOMENT else 3) * plane
         count = tl.load(planes, mask=present, other=0.0)
-        sum_d = tl.load(planes + plane, mask=present, other=0.0) * LOG2_E
+        sum_d = tl.load(planes + plane, mask=present, other=0.0)
         sum_e2 = tl.load(planes + 2 * plane, mask=present, other=0.0)
     return unite((m, s, a, b, count, sum_d, sum_e2), scale_hi, scale_lo, SECOND_MOMENT, EXTRA)
 
 
 @triton.jit
 def store_sums(planes, plane, sums, SECOND_MOMENT: tl.constexpr, EXTRA: tl.constexpr):
-    """Stores the sums in nats at `planes`, a plane per field, without the fields that were not computed."""
+    """Stores the sums, in units of log 2, at `planes`, a plane per field, without the fields that were not computed."""
     m, s, a, b, count, sum_d, sum_e2 = sums
     tl.store(planes, m)
     tl.store(planes + plane, s)
-    tl.store(planes + 2 * plane, a * LOG_2)
+    tl.store(planes + 2 * plane, a)
     if SECOND_MOMENT:
-        tl.store(planes + 3 * plane, b * (LOG_2 * LOG_2))
+        tl.store(planes + 3 * plane, b)
     if EXTRA:
         planes += (4 if SECOND_MOMENT else 3) * plane
         tl.store(planes, count)
-        tl.store(planes + plane, sum_d * LOG_2)
+        tl.store(planes + plane, sum_d)
         tl.store(planes + 2 * plane, sum_e2)
 
 
