@@ -81,20 +81,21 @@ def losses_of(trainer):
 
 @pytest.mark.parametrize("kind", ["sft", "grpo", "rloo"])
 def test_a_trainer_learns_the_same_from_our_statistics(kind, model_folder, tmp_path):
-    theirs = trainer_of(kind, model_folder, tmp_path / "theirs")
+    # Adam would turn the sign of a gradient that is nearly 0 into a whole step.
+    settings = {"max_steps": 4, "optim": "sgd", "learning_rate": 0.1}
+    theirs = trainer_of(kind, model_folder, tmp_path / "theirs", **settings)
+    before = parameters_of(theirs)
     theirs.train()
-    ours = trainer_of(kind, model_folder, tmp_path / "ours")
+    ours = trainer_of(kind, model_folder, tmp_path / "ours", **settings)
     with token_stats_in_trl():
         assert utils._ChunkedLogProbFunction is not OWN
         ours.train()
-    assert losses_of(ours) == pytest.approx(losses_of(theirs), abs=2e-6)
-    before = parameters_of(trainer_of(kind, model_folder, tmp_path / "before"))
+    assert losses_of(ours) == pytest.approx(losses_of(theirs), abs=1e-6, rel=3e-7)
     moved = 0.0
     for name, value in parameters_of(theirs).items():
-        # Two steps of Adam move a parameter by about 2e-3.
-        torch.testing.assert_close(parameters_of(ours)[name], value, atol=2e-5, rtol=0)
+        torch.testing.assert_close(parameters_of(ours)[name], value, atol=1e-6, rtol=0)
         moved = max(moved, (value - before[name]).abs().max().item())
-    assert moved > 1e-3
+    assert moved > 1e-2
 
 
 def test_every_statistic_is_the_one_that_trl_makes():
