@@ -1,4 +1,4 @@
-"""This module measures how much memory a call takes, and makes the time of a call independent of where it comes from."""
+"""This module measures how much memory a call takes, and keeps freed memory so that times do not depend on it."""
 
 import contextlib
 import ctypes
