@@ -17,13 +17,13 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 import em_kernels
+from em_kernels.models.head import OutputHead, find_head
 from em_kernels.one_shot.config import TrainConfig
 from em_kernels.one_shot.errors import UsageError
 from em_kernels.one_shot.evaluation import Evaluation, evaluate
 from em_kernels.one_shot.objective import accumulate_gradient
 from em_kernels.one_shot.policy import Policy
 from em_kernels.one_shot.policy.chat import encode_chats
-from em_kernels.one_shot.policy.head import find_head
 from em_kernels.one_shot.policy.model import BUILT_IN, checkpoint_activations, load_model
 from em_kernels.one_shot.policy.rollout import Rollout
 from em_kernels.one_shot.policy.sampling import check_context, derive_seed
@@ -79,7 +79,7 @@ def train(config: TrainConfig, output: str | Path, *, resume: bool = False) -> N
         model, torch.optim.AdamW(model.parameters(), lr=config.learning_rate, fused=True)
     )
     model = accelerator.unwrap_model(prepared)
-    head = find_head(model) if config.loss == "linear" else None
+    head = _head(model) if config.loss == "linear" else None
     policy = Policy(model, tokenizer, head, config.dtype, prepared=prepared)
     accelerator.print(_headline(accelerator, policy, config, run))
     if config.report_to != "none":
@@ -101,6 +101,13 @@ def train(config: TrainConfig, output: str | Path, *, resume: bool = False) -> N
         _finish(policy, config, run)
     accelerator.wait_for_everyone()
     accelerator.end_training()
+
+
+def _head(model: Any) -> OutputHead:
+    try:
+        return find_head(model)
+    except ValueError as error:
+        raise UsageError(f"{error}; --loss logits works with any model") from error
 
 
 def _check_launch(accelerator: Accelerator) -> None:

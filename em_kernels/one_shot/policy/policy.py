@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from em_kernels.models.head import OutputHead
 from em_kernels.one_shot.errors import UsageError
-from em_kernels.one_shot.policy.head import OutputHead
 from em_kernels.one_shot.policy.rollout import Rollout
 from em_kernels.one_shot.policy.sampling import (
     bare_generation_settings,
@@ -121,7 +121,13 @@ class Policy:
         """
         if self.head is None:
             raise ValueError("the policy has no head, expected the OutputHead whose input is asked for")
-        with self.head.bypassed() as given:
+        given: list[Tensor] = []
+
+        def keep(hidden: Tensor) -> Tensor:
+            given.append(hidden)
+            return hidden
+
+        with self.head.replaced(keep):
             self._forward(rollout)
         return given[0][:, -rollout.completion_mask.shape[1] :]
 
