@@ -16,7 +16,7 @@ parser = argparse.ArgumentParser()
 parser.add_argument("--model", help="name or folder; the built-in model unless given")
 parser.add_argument("--prompt", default="A shelf holds 6 rows of 9 jars. 17 jars are sold. How many jars are left?")
 parser.add_argument("--completions", type=int, default=4)
-parser.add_argument("--max-new-tokens", type=int, default=48)
+parser.add_argument("--max-new-tokens", type=int, default=32)
 args = parser.parse_args()
 
 model, tokenizer = load_model(args.model)

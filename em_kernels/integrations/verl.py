@@ -53,7 +53,7 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool 
 
     Args:
         logits: (..., V), float32, bfloat16, float16 or float64.
-        labels: (...), integers in [0, V).
+        labels: (...), integers in [0, V), or as many in another shape.
         inplace_backward: has no effect.
 
     Returns:
@@ -62,7 +62,9 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool 
     Raises:
         ValueError: a label is outside the vocabulary and the host sees it, or shapes do not match.
     """
-    return _logprob(logits, labels)
+    return _logprob(
+        logits, labels.reshape(logits.shape[:-1]) if labels.numel() == logits.shape[:-1].numel() else labels
+    )
 
 
 def logprobs_from_logits_v2(logits: Tensor, labels: Tensor) -> Tensor:
