@@ -10,7 +10,7 @@ verl.utils.experimental.torch_functional. verl is not imported. These difference
 - Only columns that exist count, whatever the vocabulary and the hidden size are multiples of. verl 0.9.1's kernel takes
   hidden sizes that are multiples of 128.
 - A label outside the vocabulary raises ValueError on the CPU and gives NaN on a GPU.
-- `linear_cross_entropy` and `FusedLinearForPPO` also take a temperature for each token, as verl does after 0.9.1.
+- `linear_cross_entropy` and `FusedLinearForPPO` also take a temperature for each token.
 - Arguments that choose how verl computes a result (`inplace_backward`, `impl_backend`, and `chunk_size` of functions
   that are given logits) are accepted and change nothing: no copy of the logits is made, and the gradient is written to
   memory of its own.
