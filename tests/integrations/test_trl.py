@@ -1,0 +1,261 @@
+"""These tests run TRL's own trainers on a tiny model, with its statistics and with ours, and with an entropy term."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+pytest.importorskip("trl")
+from datasets import Dataset
+from tiny_model import save_tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
+from trl.trainer import utils
+
+from em_kernels.integrations.trl import TargetEntropy, add_entropy_term, attach, detach, token_stats_in_trl
+
+TEXTS = ["one and one is two", "a", "three and four and five and six", "ten", "to be or not", "b c d", "x", "yes or no"]
+OWN = utils._ChunkedLogProbFunction
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    save_tiny_model(folder)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    # Without this, the token that ends a completion is one in 257, and all completions have the same length.
+    hidden = model.model(**tokenizer(TEXTS[0], return_tensors="pt")).last_hidden_state
+    model.lm_head.weight.data[0] = hidden.mean((0, 1)) * 2
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_replaced():
+    yield
+    assert utils._ChunkedLogProbFunction is OWN
+
+
+def reward(completion_ids, **_):
+    return [float(sum(ids) % 7) for ids in completion_ids]
+
+
+def trainer_of(kind, folder, output, **settings):
+    common = {
+        "output_dir": str(output),
+        "max_steps": 2,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "report_to": "none",
+        "use_cpu": True,
+        "save_strategy": "no",
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "seed": 3,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        **settings,
+    }
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if kind == "sft":
+        data = Dataset.from_dict({"text": TEXTS})
+        return SFTTrainer(model, SFTConfig(**common, max_length=32), train_dataset=data, processing_class=tokenizer)
+    config, trainer = {"grpo": (GRPOConfig, GRPOTrainer), "rloo": (RLOOConfig, RLOOTrainer)}[kind]
+    return trainer(
+        model,
+        reward,
+        config(**common, num_generations=2, max_completion_length=6),
+        train_dataset=Dataset.from_dict({"prompt": TEXTS}),
+        processing_class=tokenizer,
+    )
+
+
+def parameters_of(trainer):
+    return {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
+
+
+def losses_of(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("kind", ["sft", "grpo", "rloo"])
+def test_a_trainer_learns_the_same_from_our_statistics(kind, model_folder, tmp_path):
+    theirs = trainer_of(kind, model_folder, tmp_path / "theirs")
+    theirs.train()
+    ours = trainer_of(kind, model_folder, tmp_path / "ours")
+    with token_stats_in_trl():
+        assert utils._ChunkedLogProbFunction is not OWN
+        ours.train()
+    assert losses_of(ours) == pytest.approx(losses_of(theirs), abs=2e-6)
+    before = parameters_of(trainer_of(kind, model_folder, tmp_path / "before"))
+    moved = 0.0
+    for name, value in parameters_of(theirs).items():
+        # Two steps of Adam move a parameter by about 2e-3.
+        torch.testing.assert_close(parameters_of(ours)[name], value, atol=2e-5, rtol=0)
+        moved = max(moved, (value - before[name]).abs().max().item())
+    assert moved > 1e-3
+
+
+def test_every_statistic_is_the_one_that_trl_makes():
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, bias = (torch.randn(*shape, generator=generator) for shape in ((9, 16), (40, 16), (40,)))
+    targets = torch.randint(40, (9,), generator=generator)
+    names = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+    arguments = (hidden, weight, bias, targets, 0.7, 16, 5.0, 1.5, names)
+    theirs = OWN.apply(*arguments)
+    with token_stats_in_trl():
+        ours = utils._ChunkedLogProbFunction.apply(*arguments)
+        few = utils._ChunkedLogProbFunction.apply(*arguments[:-1], ("log_probs",))
+    for own, other in zip(ours, theirs, strict=True):
+        assert own.dtype == other.dtype
+        torch.testing.assert_close(own, other, atol=2e-6, rtol=2e-6)
+    assert few[1:] == (None, None, None, None)
+
+
+def test_after_an_exception_trl_has_its_function_back():
+    with pytest.raises(KeyError), token_stats_in_trl():
+        raise KeyError
+    assert utils._ChunkedLogProbFunction is OWN
+
+
+def test_attaching_twice_and_detaching_twice_are_errors():
+    with pytest.raises(RuntimeError, match="expected a call of attach"):
+        detach()
+    attach()
+    try:
+        with pytest.raises(RuntimeError, match="already"):
+            attach()
+    finally:
+        detach()
+
+
+def test_a_version_with_other_parameters_is_an_error(monkeypatch):
+    class Other:
+        @staticmethod
+        def forward(ctx, hidden, weight):
+            pass
+
+    monkeypatch.setattr(utils, "_ChunkedLogProbFunction", Other)
+    with pytest.raises(RuntimeError, match=r"\('ctx', 'hidden', 'weight'\).*expected a function of .*trl 1\.16"):
+        attach()
+    monkeypatch.undo()
+
+
+def test_a_partitioned_projection_is_refused():
+    weight = torch.nn.Parameter(torch.zeros(4, 2))
+    weight.ds_id = 0
+    with token_stats_in_trl(), pytest.raises(RuntimeError, match="ZeRO-3"):
+        utils._ChunkedLogProbFunction.apply(
+            torch.zeros(1, 2), weight, None, torch.zeros(1).long(), 1.0, 2, None, 1.0, ("log_probs",)
+        )
+
+
+def first_gradients(trainer, term):
+    """The gradients of the first optimiser step and its batch, as the trainer makes them, with or without the term."""
+    if term is not None:
+        add_entropy_term(trainer, term)
+    found, batches = {}, []
+    compute_loss = trainer.compute_loss
+
+    def watched(model, inputs, **kwargs):
+        batches.append(inputs)
+        return compute_loss(model, inputs, **kwargs)
+
+    trainer.compute_loss = watched
+
+    def keep(optimizer, *_args, **_kwargs):
+        for name, value in trainer.model.named_parameters():
+            found.setdefault(name, value.grad.clone())
+
+    trainer.create_optimizer()
+    trainer.optimizer.register_step_pre_hook(keep)
+    trainer.train()
+    return found, batches[: trainer.args.gradient_accumulation_steps]
+
+
+def entropies_of(model, batch):
+    """The entropies of a batch's tokens from the model's full logits, in PyTorch, and which of them count."""
+    if "completion_ids" in batch:
+        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+        attended = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+        kept = batch["completion_mask"].bool()
+        logits = model(input_ids=ids, attention_mask=attended).logits[:, -kept.shape[1] - 1 : -1]
+    else:
+        kept = batch["labels"][:, 1:] != -100
+        given = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+        logits = model(**given).logits[:, :-1]
+    logp = logits.log_softmax(-1)
+    return -(logp.exp() * logp).sum(-1), kept
+
+
+@pytest.mark.parametrize("statistics", ["theirs", "ours"])
+@pytest.mark.parametrize("kind", ["sft", "grpo", "rloo"])
+def test_the_term_adds_the_gradient_of_the_mean_entropy(kind, statistics, model_folder, tmp_path):
+    settings = {"max_steps": 1, "max_grad_norm": 0.0, "seed": 5}
+    without, _ = first_gradients(trainer_of(kind, model_folder, tmp_path / "a", **settings), None)
+    trainer = trainer_of(kind, model_folder, tmp_path / "b", **settings)
+    if statistics == "ours":
+        with token_stats_in_trl():
+            found, batches = first_gradients(trainer, -0.3)
+    else:
+        found, batches = first_gradients(trainer, -0.3)
+
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    parts = [entropies_of(model, batch) for batch in batches]
+    if kind == "rloo":
+        mean = sum((entropy * kept).sum() / kept.sum() for entropy, kept in parts) / len(parts)
+    else:
+        mean = sum((entropy * kept).sum() for entropy, kept in parts) / sum(kept.sum() for _, kept in parts)
+    # Micro-batches of one size would not tell a mean over tokens from a mean of means.
+    assert len({int(kept.sum()) for _, kept in parts}) > 1
+    names, values = zip(*model.named_parameters(), strict=True)
+    for name, gradient in zip(names, torch.autograd.grad(-0.3 * mean, values), strict=True):
+        scale = max(gradient.abs().max().item(), without[name].abs().max().item())
+        torch.testing.assert_close(found[name] - without[name], gradient, atol=2e-5 * scale, rtol=0, msg=name)
+
+
+def test_a_schedule_is_a_function_of_the_finished_steps_and_is_logged(model_folder, tmp_path):
+    trainer = trainer_of("sft", model_folder, tmp_path, max_steps=3)
+    remove = add_entropy_term(trainer, lambda step: 0.1 * step)
+    trainer.train()
+    logged = [entry["entropy_term/coefficient"] for entry in trainer.state.log_history if "loss" in entry]
+    assert logged == pytest.approx([0.0, 0.1, 0.2])
+    remove()
+    assert "compute_loss" not in trainer.__dict__
+    add_entropy_term(trainer, 0.5)
+
+
+@pytest.mark.parametrize("target", [0.0, 5.0])
+def test_the_steered_coefficient_moves_towards_the_target_and_survives_a_resume(target, model_folder, tmp_path):
+    term = TargetEntropy(target, rate=0.1, initial=0.05)
+    whole = trainer_of("sft", model_folder, tmp_path / "a", max_steps=4)
+    add_entropy_term(whole, term)
+    whole.train()
+    logged = [entry["entropy_term/coefficient"] for entry in whole.state.log_history if "loss" in entry]
+    assert logged[0] == pytest.approx(0.05)
+    assert all((after > before) == (target == 0) for before, after in pairwise(logged))
+
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    first = trainer_of("sft", model_folder, tmp_path / "b", max_steps=4, **saving)
+    add_entropy_term(first, term)
+    first.train()
+    resumed = trainer_of("sft", model_folder, tmp_path / "b", max_steps=4, **saving)
+    add_entropy_term(resumed, term)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-2"))
+    again = [entry["entropy_term/coefficient"] for entry in resumed.state.log_history if "loss" in entry]
+    assert again == pytest.approx(logged)
+
+
+def test_what_does_not_fit_is_an_error(model_folder, tmp_path):
+    trainer = trainer_of("sft", model_folder, tmp_path)
+    with pytest.raises(TypeError, match="coefficient is a str"):
+        add_entropy_term(trainer, "much")
+    with pytest.raises(TypeError, match="expected a GRPOTrainer"):
+        add_entropy_term(object(), 1.0)
+    add_entropy_term(trainer, 1.0)
+    with pytest.raises(RuntimeError, match="expected its own"):
+        add_entropy_term(trainer, 1.0)
+    for wrong in ({"target": -1.0}, {"target": 1.0, "rate": 0.0}, {"target": 1.0, "initial": 2.0}):
+        with pytest.raises(ValueError, match="expected"):
+            TargetEntropy(**wrong)
