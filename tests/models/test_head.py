@@ -1,6 +1,7 @@
 from collections.abc import Callable
 from typing import Any, cast
 
+import peft
 import pytest
 import torch
 import transformers as t
@@ -201,9 +202,7 @@ def test_logits_that_are_something_else_are_noticed(change: Callable[[Tensor], T
 
 
 def _with_peft(model: Any, **options: Any) -> Any:
-    peft = pytest.importorskip("peft")
-    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, init_lora_weights=False, **options))
-    return adapted
+    return peft.get_peft_model(model, peft.LoraConfig(r=2, init_lora_weights=False, **options))
 
 
 def test_an_adapter_on_the_head_is_refused() -> None:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from em_kernels import OutputHead, TokenStats, linear_token_stats
-from em_kernels.integrations.transformers.forward import causal_model, install, remove
+from em_kernels import OutputHead, TokenStats, find_head, linear_token_stats
+from em_kernels.integrations.transformers.forward import Forward, causal_model, check_free, installed
 from em_kernels.integrations.transformers.labels import Labels
 from em_kernels.integrations.transformers.loss import auxiliary_loss
 from em_kernels.integrations.transformers.output import TokenStatsOutput, without_logits
@@ -51,7 +51,9 @@ def attach(
             raise ValueError(f"stats has {name!r}, expected any of {', '.join(map(repr, TokenStats._fields))}")
     if not stats:
         raise ValueError("stats is empty, expected at least one name")
-    install(causal_model(model), _Statistics(tuple(stats), temperature), vocab_size=vocab_size)
+    inner = causal_model(model)
+    check_free(inner)
+    Forward(inner, find_head(inner, vocab_size=vocab_size), _Statistics(tuple(stats), temperature)).put_in()
 
 
 def detach(model: Any) -> None:
@@ -60,7 +62,11 @@ def detach(model: Any) -> None:
     Raises:
         RuntimeError: the model is not attached.
     """
-    remove(causal_model(model))
+    inner = causal_model(model)
+    forward = installed(inner)
+    if forward is None:
+        raise RuntimeError(f"the {type(inner).__name__} is not attached, expected one that is")
+    forward.take_out()
 
 
 @contextlib.contextmanager

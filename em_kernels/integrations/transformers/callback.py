@@ -7,9 +7,9 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
 from em_kernels import token_entropy
-from em_kernels.integrations.transformers.forward import causal_model, installed
+from em_kernels.integrations.transformers.forward import causal_model
 from em_kernels.integrations.transformers.labels import Labels
-from em_kernels.integrations.transformers.trainer import MeanEntropy
+from em_kernels.integrations.transformers.trainer import EntropyTrainer
 from em_kernels.one_shot.metrics import DECIDED
 
 
@@ -37,11 +37,9 @@ class EntropyCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.sums = None
-        model = causal_model(model)
-        forward = installed(model)
-        if forward is not None and isinstance(forward.product, MeanEntropy):
-            forward.product.measures = True
-        self.hook = model.register_forward_hook(self._measure, with_kwargs=True)
+        if isinstance(self.trainer, EntropyTrainer):
+            self.trainer.objective.measures = True
+        self.hook = causal_model(model).register_forward_hook(self._measure, with_kwargs=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.hook.remove()
@@ -53,6 +51,8 @@ class EntropyCallback(TrainerCallback):
         self.sums = None
         if tokens > 0:
             self.trainer.log({"entropy": entropy / tokens, "decided": decided / tokens})
+            # To log is to have logged, and the Trainer would not log its loss.
+            control.should_log = True
 
     @torch.no_grad()
     def _measure(self, model: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:

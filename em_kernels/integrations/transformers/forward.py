@@ -1,14 +1,12 @@
 """What takes the place of a model's forward: its output projection makes something other than logits."""
 
-import contextlib
 import functools
-from collections.abc import Iterator
 from typing import Any, Protocol
 
 from torch import Tensor
 from transformers.utils import ModelOutput
 
-from em_kernels import OutputHead, find_head
+from em_kernels import OutputHead
 from em_kernels.integrations.transformers.labels import Labels
 
 _NAME = "_em_kernels_forward"
@@ -28,15 +26,47 @@ class Product(Protocol):
 class Forward:
     """Stands in for a model's forward, and calls it. An object, not a closure, so that a copy of the model has its own.
 
+    Args:
+        model: the causal language model itself.
+        head: its output projection.
+        product: what is made in place of logits.
+
     Attributes:
         active: whether the product is made; a model that generates makes logits.
     """
 
     def __init__(self, model: Any, head: OutputHead, product: Product) -> None:
-        self.model, self.head, self.product, self.active = model, head, product, True
-        self.before = {name: model.__dict__.get(name) for name in ("forward", *_GENERATING) if hasattr(model, name)}
-        self.forward = model.forward
-        functools.update_wrapper(self, model.forward)
+        self.model, self.head, self.product, self.active = model, head, product, False
+
+    def put_in(self) -> None:
+        """Takes the place of the model's forward.
+
+        Raises:
+            RuntimeError: the place is taken.
+        """
+        check_free(self.model)
+        names = [name for name in ("forward", *_GENERATING) if hasattr(self.model, name)]
+        self.before = {name: self.model.__dict__.get(name) for name in names}
+        self.forward = self.model.forward
+        functools.update_wrapper(self, self.forward)
+        setattr(self.model, _NAME, self)
+        self.model.forward, self.active = self, True
+        for name in names[1:]:
+            setattr(self.model, name, _Generate(self, getattr(self.model, name)))
+
+    def take_out(self) -> None:
+        """Puts the model's own forward back."""
+        # Where another wrapper has been put around it, it stays inside that wrapper and passes everything on.
+        self.active = False
+        delattr(self.model, _NAME)
+        for name, before in self.before.items():
+            current = self.model.__dict__.get(name)
+            if current is not self and not (isinstance(current, _Generate) and current.forward is self):
+                continue
+            if before is None:
+                delattr(self.model, name)
+            else:
+                setattr(self.model, name, before)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.active:
@@ -58,14 +88,6 @@ class Forward:
             raise ValueError(f"the model returned a {type(output).__name__}, expected a ModelOutput (return_dict=True)")
         return self.product.output(output, made[0], labels, self.model)
 
-    @contextlib.contextmanager
-    def switched(self, active: bool) -> Iterator[None]:
-        before, self.active = self.active, active
-        try:
-            yield
-        finally:
-            self.active = before
-
 
 class _Generate:
     """Stands in for a model's generate, which needs logits."""
@@ -75,26 +97,11 @@ class _Generate:
         functools.update_wrapper(self, generate)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self.forward.switched(False):
+        before, self.forward.active = self.forward.active, False
+        try:
             return self.generate(*args, **kwargs)
-
-
-def install(model: Any, product: Product, *, vocab_size: int | None) -> Forward:
-    """Puts a Forward in the place of the model's forward.
-
-    Raises:
-        RuntimeError: there is one already.
-        ValueError: the model's head does not fit, as `find_head` says it.
-    """
-    if installed(model) is not None:
-        raise RuntimeError(f"the {type(model).__name__} is attached already, expected one that is not: detach it first")
-    head = find_head(model, vocab_size=vocab_size)
-    forward = Forward(model, head, product)
-    setattr(model, _NAME, forward)
-    model.forward = forward
-    for name in forward.before.keys() - {"forward"}:
-        setattr(model, name, _Generate(forward, getattr(model, name)))
-    return forward
+        finally:
+            self.forward.active = before
 
 
 def installed(model: Any) -> Forward | None:
@@ -102,26 +109,10 @@ def installed(model: Any) -> Forward | None:
     return model.__dict__.get(_NAME)
 
 
-def remove(model: Any) -> None:
-    """Puts the model's own forward back.
-
-    Raises:
-        RuntimeError: the model has its own forward.
-    """
-    forward = installed(model)
-    if forward is None:
-        raise RuntimeError(f"the {type(model).__name__} is not attached, expected one that is")
-    delattr(model, _NAME)
-    # Where another wrapper has been put around it, it stays inside that wrapper and passes everything on.
-    forward.active = False
-    for name, before in forward.before.items():
-        current = model.__dict__.get(name)
-        if current is not forward and getattr(current, "forward", None) is not forward:
-            continue
-        if before is None:
-            delattr(model, name)
-        else:
-            setattr(model, name, before)
+def check_free(model: Any) -> None:
+    """Raises RuntimeError where something stands in for the model's forward already."""
+    if installed(model) is not None:
+        raise RuntimeError(f"the {type(model).__name__} is attached already, expected one that is not: detach it first")
 
 
 def causal_model(model: Any) -> Any:

@@ -32,7 +32,8 @@ def without_logits(output: ModelOutput, **more: Any) -> Any:
     class does not declare would not survive.
     """
     fields = {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
-    return _with_fields(type(output), tuple(more))(**{**fields, "logits": None, **more})
+    kind: Any = type(output)
+    return _with_fields(kind, tuple(more))(**{**fields, "logits": None, **more})
 
 
 @functools.cache

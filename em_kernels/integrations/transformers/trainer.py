@@ -5,8 +5,8 @@ from typing import Any
 from torch import Tensor
 from transformers import Trainer
 
-from em_kernels import OutputHead, linear_entropy_loss, linear_token_entropy
-from em_kernels.integrations.transformers.forward import causal_model, install
+from em_kernels import OutputHead, find_head, linear_entropy_loss, linear_token_entropy
+from em_kernels.integrations.transformers.forward import Forward, causal_model, check_free
 from em_kernels.integrations.transformers.labels import Labels, check_shifted_count
 from em_kernels.integrations.transformers.loss import auxiliary_loss, share
 from em_kernels.integrations.transformers.output import TokenStatsOutput, without_logits
@@ -24,7 +24,7 @@ class EntropyTrainer(Trainer):
         temperature: tau > 0: the entropy is that of softmax(logits / tau).
         vocab_size: the number of tokens, for a head that has more rows than there are tokens; None counts every row.
 
-    The other arguments are those of the Trainer.
+    The other arguments are those of the Trainer. The model must not be attached while the Trainer trains or evaluates.
 
     Raises:
         ValueError: the model's head does not fit, as `find_head` says it, or the Trainer is to have another loss, or to
@@ -42,15 +42,21 @@ class EntropyTrainer(Trainer):
             raise ValueError(
                 f"one process has {self.args.n_gpu} GPUs, expected one: launch with torchrun or accelerate"
             )
-        self._forward = install(causal_model(self.model), MeanEntropy(temperature), vocab_size=vocab_size)
-        self._forward.active = False
+        model = causal_model(self.model)
+        check_free(model)
+        self.objective = MeanEntropy(temperature)
+        # The head is found before the model is sharded.
+        self._forward = Forward(model, find_head(model, vocab_size=vocab_size), self.objective)
         # The loss takes the count and shifts the labels, whatever the model's own loss does.
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        with self._forward.switched(True):
+        self._forward.put_in()
+        try:
             return super().compute_loss(*args, **kwargs)
+        finally:
+            self._forward.take_out()
 
 
 class MeanEntropy:

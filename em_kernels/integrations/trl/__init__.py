@@ -7,7 +7,13 @@
 Both stand on what TRL keeps private, and check it: a version that does not fit is an error.
 """
 
-from em_kernels.integrations.trl.entropy_term import TargetEntropy, add_entropy_term
+try:
+    import trl as _trl  # noqa: F401
+except ImportError as error:
+    raise ImportError("em_kernels.integrations.trl needs trl: pip install 'em-kernels[trl]'") from error
+
+from em_kernels.integrations.trl.entropy_term import add_entropy_term
 from em_kernels.integrations.trl.log_probs import attach, detach, token_stats_in_trl
+from em_kernels.integrations.trl.target_entropy import TargetEntropy
 
 __all__ = ["TargetEntropy", "add_entropy_term", "attach", "detach", "token_stats_in_trl"]

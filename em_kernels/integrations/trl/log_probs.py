@@ -17,14 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from trl.trainer import utils
 
+from em_kernels.integrations.trl.version import ACCEPTED, check_version
 from em_kernels.stats import linear_token_stats
-
-try:
-    import trl
-    from trl.trainer import utils
-except ImportError as error:
-    raise ImportError("em_kernels.integrations.trl needs trl: pip install 'em-kernels[trl]'") from error
 
 _NAME = "_ChunkedLogProbFunction"
 _PARAMETERS = (
@@ -46,7 +42,7 @@ def token_stats_in_trl() -> Iterator[None]:
     """Makes the statistics of TRL's trainers those of `linear_token_stats`, until the block ends.
 
     Raises:
-        RuntimeError: they are already; or TRL has no such function, or one with other parameters.
+        RuntimeError: they are already; or TRL is of another version, or its function has other parameters.
     """
     attach()
     try:
@@ -59,16 +55,17 @@ def attach() -> None:
     """Makes the statistics of TRL's trainers those of `linear_token_stats`, until `detach` is called.
 
     Raises:
-        RuntimeError: they are already; or TRL has no such function, or one with other parameters.
+        RuntimeError: they are already; or TRL is of another version, or its function has other parameters.
     """
+    check_version()
     theirs = getattr(utils, _NAME, None)
     if isinstance(theirs, _TokenStats):
         raise RuntimeError("TRL's trainers take their statistics from em_kernels already; call detach() first")
     found = None if theirs is None else tuple(inspect.signature(theirs.forward).parameters)
     if found != _PARAMETERS:
         raise RuntimeError(
-            f"trl {trl.__version__} has {'no such name' if found is None else found} as trl.trainer.utils.{_NAME}, "
-            f"expected a function of {_PARAMETERS}, as in trl 1.16.0"
+            f"trl has {'no such name' if found is None else f'a function of {found}'} as trl.trainer.utils.{_NAME}, "
+            f"expected a function of {_PARAMETERS}, as in trl {ACCEPTED}"
         )
     setattr(utils, _NAME, _TokenStats(theirs))
 
@@ -115,9 +112,10 @@ class _TokenStats:
         extra = {"log_sum_sq_probs": "collision", "mean_logits": "mean_logprob", "is_top1": "top1"}
         stats = linear_token_stats(
             hidden,
-            weight,
+            # As in TRL, the hidden states decide: the projection may have a dtype of its own.
+            weight.to(hidden.dtype),
             targets,
-            bias=bias,
+            bias=None if bias is None else bias.to(hidden.dtype),
             # TRL scales the logits before it caps them, and the functions here scale after it.
             softcap=None if softcap is None else softcap / logit_scale,
             temperature=temperature / logit_scale,
