@@ -115,9 +115,9 @@ def configurations(size: str, device: str) -> Iterator[Configuration]:
 
 def completions_of_the_model(tokens: int) -> Operands:
     """Return the hidden states before the tokens of the built-in model's own completions, and its output projection."""
+    from em_kernels import find_head
     from em_kernels.one_shot.policy import Policy
     from em_kernels.one_shot.policy.chat import encode_chats
-    from em_kernels.one_shot.policy.head import find_head
     from em_kernels.one_shot.policy.model import load_model
 
     model, tokenizer = load_model(None)

@@ -80,8 +80,8 @@ class Step:
     """A model, its optimiser, and one step of training in parts that are timed."""
 
     def __init__(self, c: Configuration) -> None:
+        from em_kernels import find_head
         from em_kernels.one_shot.policy import Policy
-        from em_kernels.one_shot.policy.head import find_head
         from em_kernels.one_shot.policy.model import checkpoint_activations
 
         self.c, self.device = c, torch.device(c.device)

@@ -9,12 +9,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from em_kernels import find_head
 from em_kernels.one_shot.config import LOSSES
 from em_kernels.one_shot.errors import UsageError
 from em_kernels.one_shot.metrics import StepStats
 from em_kernels.one_shot.objective import accumulate_gradient
 from em_kernels.one_shot.policy import Policy
-from em_kernels.models.head import find_head
 from em_kernels.one_shot.policy.model import checkpoint_activations
 from em_kernels.one_shot.policy.rollout import Rollout
 from em_kernels.ops import logits as logits_operators

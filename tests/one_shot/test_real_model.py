@@ -9,13 +9,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from em_kernels import linear_entropy_loss
+from em_kernels import find_head, linear_entropy_loss
 from em_kernels.one_shot.config import DEFAULT_PROMPT
 from em_kernels.one_shot.metrics import StepStats
 from em_kernels.one_shot.objective import accumulate_gradient
 from em_kernels.one_shot.policy import Policy
 from em_kernels.one_shot.policy.chat import encode_chats
-from em_kernels.one_shot.policy.head import find_head
 from em_kernels.one_shot.policy.model import load_model
 from em_kernels.one_shot.policy.rollout import Rollout
 

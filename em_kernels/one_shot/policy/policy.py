@@ -148,6 +148,24 @@ class Policy:
         # nothing, but the wrappers learn from the model's output that a backward pass begins.
         return (made[0] + 0 * output).reshape(())
 
+    def completion_hidden(self, rollout: Rollout) -> Tensor:
+        """The hidden states that the head would make `completion_logits` of: (batch, completion, D).
+
+        Raises:
+            ValueError: the policy has no head.
+        """
+        if self.head is None:
+            raise ValueError("the policy has no head, expected the OutputHead whose input is asked for")
+        given: list[Tensor] = []
+
+        def keep(hidden: Tensor) -> Tensor:
+            given.append(hidden)
+            return hidden
+
+        with self.head.replaced(keep):
+            self._forward(rollout)
+        return given[0][:, -rollout.completion_mask.shape[1] :]
+
     def computing(self) -> contextlib.AbstractContextManager[Any]:
         """A context in which matrix products run in the policy's dtype."""
         return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16")

@@ -3,8 +3,8 @@ from typing import Any
 import pytest
 import torch
 
+from em_kernels import find_head
 from em_kernels.one_shot.policy import Policy
-from em_kernels.one_shot.policy.head import find_head
 from em_kernels.one_shot.policy.rollout import Rollout
 
 

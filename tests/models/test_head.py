@@ -16,10 +16,9 @@ from transformers import (
     PhiForCausalLM,
 )
 
-from em_kernels import entropy_loss, linear_entropy_loss
+from em_kernels import entropy_loss, find_head, linear_entropy_loss
 from em_kernels.one_shot.errors import UsageError
 from em_kernels.one_shot.policy import Policy
-from em_kernels.one_shot.policy.head import find_head
 from em_kernels.one_shot.policy.rollout import Rollout
 
 _SIZE: dict[str, Any] = {

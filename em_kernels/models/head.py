@@ -1,0 +1,201 @@
+"""The output projection of a causal language model, for a loss on the last hidden states in place of the logits."""
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class OutputHead:
+    """A model's output projection: logits = softcap(scale * (hidden @ weight.T + bias)), softcap(x) = c tanh(x / c).
+
+    These logits are scale times softcap(hidden @ weight.T + bias) with c / scale in place of c. Dividing the
+    temperature by the scale therefore gives the same softmax(logits / temperature), and multiplies no tensor.
+
+    Attributes:
+        module: the torch.nn.Linear that holds weight and bias.
+        scale: the factor of the logits.
+        softcap: c, or None for logits without a cap.
+        vocab_size: the number of tokens, where weight has more rows than there are tokens; None counts every row.
+    """
+
+    module: Any
+    scale: float = 1.0
+    softcap: float | None = None
+    vocab_size: int | None = None
+
+    def arguments(self, temperature: float | Tensor = 1.0) -> dict[str, Any]:
+        """The keyword arguments that describe this head, as it is now, to the linear functions of em_kernels.
+
+        Where a model is sharded, its weight is whole only while the module's forward runs.
+
+        Args:
+            temperature: tau > 0, of the softmax of the model's logits: a float, or a tensor as the functions take it.
+        """
+        weight, bias = self.module.weight, self.module.bias
+        if self.vocab_size is not None and self.vocab_size < len(weight):
+            weight, bias = weight[: self.vocab_size], None if bias is None else bias[: self.vocab_size]
+        return {
+            "weight": weight,
+            "bias": bias,
+            "softcap": None if self.softcap is None else self.softcap / self.scale,
+            "temperature": temperature / self.scale,
+        }
+
+    @contextlib.contextmanager
+    def replaced(self, function: Callable[[Tensor], Any]) -> Iterator[None]:
+        """Makes the projection return function(hidden) until the block ends, so that the model makes no logits.
+
+        The caller calls the whole model, and not the layers below the projection: the wrappers of data parallelism and
+        of sharding then prepare what they need, and within `function` the weight is whole. The model goes on with what
+        `function` returns as with logits, and may scale or cap it.
+
+        Args:
+            function: takes the hidden states, (..., D), and returns what the projection returns in place of logits.
+        """
+        module = self.module
+        # Accelerate moves inputs and loads offloaded weights in a forward of its own, which calls this one.
+        name = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
+        others = module.__dict__.get(name)
+        setattr(module, name, function)
+        try:
+            yield
+        finally:
+            if others is None:
+                delattr(module, name)
+            else:
+                setattr(module, name, others)
+
+
+@torch.no_grad()
+def find_head(model: Any, *, vocab_size: int | None = None) -> OutputHead:
+    """The output projection of a Transformers causal language model, checked against the model's own logits.
+
+    The model is called once, on a few tokens; where it is sharded, every rank has to call this function.
+
+    Args:
+        model: the model itself, without the wrapper of data parallelism or of an adapter.
+        vocab_size: the number of tokens, for a projection that has more rows than there are tokens: the rows from
+            there on take no part in the softmax. None counts every row.
+
+    Raises:
+        ValueError: the projection is not a plain torch.nn.Linear, or not whole while its forward runs; or the model's
+            logits are not a scale and a softcap of what the projection makes; or vocab_size is not 1 to the number of
+            rows.
+    """
+    module = _projection(model)
+    rows = module.out_features
+    if vocab_size is not None and not 1 <= vocab_size <= rows:
+        raise ValueError(f"vocab_size is {vocab_size}, expected 1 to {rows}, the rows of the output projection")
+
+    made: list[Tensor] = []
+    called: Callable[[Tensor], Tensor] = module._old_forward if hasattr(module, "_hf_hook") else module.forward
+
+    def probed(hidden: Tensor) -> Tensor:
+        _check_whole(module)
+        logits = called(hidden)
+        _check_equal(logits, nn.functional.linear(hidden, module.weight, module.bias))
+        # What the model makes of these numbers, which reach further than the logits of a few tokens do.
+        made.append(torch.linspace(-60, 60, logits.numel(), device=logits.device).view_as(logits).to(logits.dtype))
+        return made[-1]
+
+    with OutputHead(module).replaced(probed), _evaluating(model):
+        logits = model(input_ids=_tokens(model, rows, module), use_cache=False).logits
+    if len(made) != 1:
+        raise ValueError(f"the model uses its output projection {len(made)} times in a call, expected 1")
+    scale, softcap = _scale_and_softcap(model.config.get_text_config(), made[0], logits)
+    return OutputHead(module, scale, softcap, vocab_size)
+
+
+def _projection(model: Any) -> nn.Linear:
+    if not hasattr(model, "get_output_embeddings") or not hasattr(model, "config"):
+        raise ValueError(f"the model is a {type(model).__name__}, expected a Transformers causal language model")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(f"the {type(model).__name__} has an encoder, expected a causal language model")
+    module = model.get_output_embeddings()
+    # Sharding and parametrisation make subclasses of their own, which keep the forward.
+    if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
+        found = "no output projection" if module is None else f"a {type(module).__name__} as its output projection"
+        raise ValueError(f"the model has {found}, expected a plain torch.nn.Linear (no adapter)")
+    return module
+
+
+def _check_whole(module: nn.Linear) -> None:
+    weight: Any = module.weight
+    if (
+        weight.device.type == "meta"
+        or hasattr(weight, "full_tensor")
+        or tuple(weight.shape) != (module.out_features, module.in_features)
+    ):
+        raise ValueError("the model's output projection is sharded or offloaded, expected a whole one")
+
+
+def _check_equal(logits: Tensor, expected: Tensor) -> None:
+    if _distance(logits, expected) > _tolerance(logits):
+        raise ValueError(
+            "the model's output projection does something of its own, expected hidden @ weight.T + bias alone"
+        )
+
+
+def _scale_and_softcap(config: Any, given: Tensor, logits: Tensor) -> tuple[float, float | None]:
+    """The scale and the softcap that make `logits` of `given`, out of the numbers that the configuration names.
+
+    A number of the same name multiplies in one model and divides in another, and some act elsewhere in the model.
+    """
+    numbers = {k: float(v) for k, v in config.to_dict().items() if type(v) in (int, float) and v > 0}
+    scales = {v for k, v in numbers.items() if re.search("logit|head|output", k) and re.search("scal|mult", k)}
+    softcaps = {v for k, v in numbers.items() if re.search("soft_?cap", k)}
+    pairs = product([1.0, *scales, *(1 / v for v in scales)], [None, *softcaps])
+    distance, scale, softcap = min(
+        ((_distance(logits, _capped(given.float() * scale, softcap)), scale, softcap) for scale, softcap in pairs),
+        key=lambda found: found[0],
+    )
+    if not distance <= _tolerance(logits):
+        raise ValueError(
+            "the model does something of its own between its output projection and its logits, expected a scale and "
+            "a softcap that its configuration names"
+        )
+    return scale, softcap
+
+
+def _capped(logits: Tensor, softcap: float | None) -> Tensor:
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def _distance(logits: Tensor, expected: Tensor) -> float:
+    """The largest distance, beside the larger of 1 and the expected number."""
+    if logits.shape != expected.shape:
+        return float("inf")
+    expected = expected.float()
+    distance = ((logits.float() - expected).abs() / expected.abs().clamp(min=1)).max().item()
+    return distance if distance >= 0 else float("inf")
+
+
+def _tolerance(logits: Tensor) -> float:
+    # In 16 bits, the model has rounded its logits once more after the scale and after the softcap.
+    return 0.05 if logits.dtype.itemsize < 4 else 1e-4
+
+
+def _tokens(model: Any, rows: int, module: nn.Linear) -> Tensor:
+    """A few tokens, none of which the configuration gives a meaning of its own, as it does to that of an image."""
+    names = {**model.config.to_dict(), **model.config.get_text_config().to_dict()}
+    special = {v for k, v in names.items() if k.endswith(("token_id", "token_index")) and isinstance(v, int)}
+    tokens = [i for i in range(rows) if i not in special][:8]
+    return torch.tensor([tokens], device=model.get_input_embeddings().weight.device)
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag
