@@ -67,7 +67,11 @@ def _add_train(commands: Any) -> None:
     train.add_argument("--output", type=Path, help="run folder (default: runs/PRESET, runs/PRESET-2, ...)")
     train.add_argument("--resume", action="store_true", help="go on after the last kept step of the run folder")
     train.add_argument(
-        "--state-every", type=int, default=1, metavar="N", help="steps between the states that --resume goes on from (1)"
+        "--state-every",
+        type=int,
+        default=1,
+        metavar="N",
+        help="steps between the states that --resume goes on from (1)",
     )
 
     what = train.add_argument_group("what is trained")

@@ -5,7 +5,6 @@ of generated tokens in all completions of the step, on all processes, the loss i
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 from accelerate import Accelerator
@@ -66,7 +65,9 @@ def accumulate_gradient(
     return StepStats(loss / accelerator.num_processes, entropy / total, decided / total, total)
 
 
-def _loss(policy: Policy, part: Rollout, count: int, temperature: float, share: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _loss(
+    policy: Policy, part: Rollout, count: int, temperature: float, share: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """The loss, sum of entropies and number of decided tokens of a micro-batch of `count` generated tokens."""
     mask, head = part.completion_mask, policy.head
     if head is None:

@@ -175,7 +175,7 @@ def micro_batch(accelerator: Accelerator, prepared: Any, *, last: bool) -> Itera
 
 
 def take_step(accelerator: Accelerator, prepared: Any, optimizer: Any, max_grad_norm: float) -> float:
-    """Clips the gradient, takes an optimiser step unless the gradient is not finite, and returns the gradient's norm."""
+    """Clips the gradient, steps unless it is not finite, and returns the norm that it had."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         # The clipping is DeepSpeed's own, by the run's max_grad_norm, and so is zeroing the gradient.
         prepared.step()

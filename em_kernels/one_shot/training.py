@@ -34,6 +34,7 @@ from em_kernels.one_shot.policy.sampling import check_context, derive_seed
 from em_kernels.one_shot.report import accuracy_line, collapse_line, draw_report, step_line, write_completions
 from em_kernels.one_shot.run_folder import RunFolder
 
+
 def train(config: TrainConfig, output: str | Path, *, resume: bool = False, state_every: int = 1) -> None:
     """Trains a model by one-shot entropy minimisation and leaves the run in a folder, described in `run_folder`.
 
