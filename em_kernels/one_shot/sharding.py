@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+from transformers.integrations import unset_hf_deepspeed_config
 
 from em_kernels.one_shot.config import TrainConfig
 from em_kernels.one_shot.errors import UsageError
@@ -66,6 +67,8 @@ def start(config: TrainConfig, output: Path) -> Accelerator:
         project_dir=str(output),
         kwargs_handlers=over_gloo,
     )
+    # With this, Transformers would have ZeRO-3 load one process's part of the model, whose head could not be checked.
+    unset_hf_deepspeed_config()
     _check(accelerator, fsdp=fsdp, deepspeed=deepspeed, shard=config.shard)
     return accelerator
 
@@ -99,16 +102,6 @@ def _check(accelerator: Accelerator, *, fsdp: bool, deepspeed: bool, shard: bool
         raise UsageError("--shard was given to one process, expected a launch of several (accelerate launch)")
 
 
-@contextlib.contextmanager
-def loading_whole(accelerator: Accelerator) -> Iterator[None]:
-    """Within the block Transformers loads the whole model, where ZeRO-3 would have it load one process's part."""
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        with accelerator.state.deepspeed_plugin.zero3_init_context_manager(enable=False):
-            yield
-    else:
-        yield
-
-
 def prepare(
     accelerator: Accelerator, model: Any, make_optimizer: Callable[[Any], torch.optim.Optimizer], config: TrainConfig
 ) -> tuple[Any, Any]:
@@ -127,12 +120,15 @@ def prepare(
         shard(model.to(accelerator.device))
         return model, make_optimizer(model)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        # DeepSpeed would divide each micro-batch's loss by their number, which ours, a part of a sum, already is.
+        # A micro-batch's loss is a part of the step's, and no mean that DeepSpeed has to divide by their number.
         accelerator.state.deepspeed_plugin.deepspeed_config |= {
             "train_micro_batch_size_per_gpu": config.micro_batch_size,
             "gradient_accumulation_steps": 1,
             "gradient_clipping": config.max_grad_norm,
         }
+        if config.dtype == "bfloat16":
+            # DeepSpeed switches autocast off around the call of the model, so it is switched on inside.
+            model.forward = torch.autocast(accelerator.device.type, torch.bfloat16)(model.forward)
     prepared, optimizer = accelerator.prepare(model, make_optimizer(model))
     return prepared, optimizer
 
@@ -231,7 +227,7 @@ def whole_state(model: Any, *, trained_alone: bool) -> dict[str, Tensor] | None:
         return get_model_state_dict(model, options=options)
     if not is_sharded(model):
         return None
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
     # The parameters in this one are empty.
     whole = model.state_dict()
@@ -240,7 +236,7 @@ def whole_state(model: Any, *, trained_alone: bool) -> dict[str, Tensor] | None:
         if trained_alone and not parameter.requires_grad:
             continue
         # One parameter at a time is whole on a device.
-        with GatheredParameters([parameter]):
+        with deepspeed.zero.GatheredParameters([parameter]):
             if dist.get_rank() == 0:
                 whole[name] = parameter.detach().cpu().clone()
     return whole

@@ -68,7 +68,7 @@ def train(config: TrainConfig, output: str | Path, *, resume: bool = False, stat
         accelerator.print(f"The run in {run.path} is finished; its model is in {run.checkpoint}")
         return
 
-    with accelerator.main_process_first(), sharding.loading_whole(accelerator):
+    with accelerator.main_process_first():
         model, tokenizer = load_model(config.model, trust_remote_code=config.trust_remote_code)
     check_context(model, encode_chats(tokenizer, list(config.prompts)), config.max_new_tokens)
     if config.lora_rank:

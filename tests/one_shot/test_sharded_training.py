@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from transformers import AutoModelForCausalLM
 
 from em_kernels.models.head import find_head
 from em_kernels.one_shot import sharding
-from em_kernels.one_shot.config import LOSSES
+from em_kernels.one_shot.config import LOSSES, TrainConfig
 from em_kernels.one_shot.metrics import StepStats
 from em_kernels.one_shot.objective import accumulate_gradient
+from em_kernels.one_shot.optimizer import make_optimizer
 from em_kernels.one_shot.policy import Policy
 from em_kernels.one_shot.policy.rollout import Rollout
 
@@ -33,6 +35,9 @@ def _policy(model: Any, loss: str) -> Policy:
     return Policy(model, None, find_head(model) if loss == "linear" else None)
 
 
+_ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
+
+
 @contextlib.contextmanager
 def _launched(**variables: str) -> Iterator[None]:
     """The environment of a process that a launcher has started, with these variables besides."""
@@ -42,6 +47,11 @@ def _launched(**variables: str) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
         for name, value in (own | variables).items():
             patched.setenv(name, value)
+        if "ACCELERATE_USE_DEEPSPEED" in variables:
+            import deepspeed
+
+            # Collectives go over gloo, and not through an extension that DeepSpeed would compile first.
+            patched.setitem(deepspeed.ops.__compatible_ops__, "deepspeed_shm_comm", False)
         yield
     AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -57,6 +67,52 @@ def _on_a_rank(folder: Path, rollout: dict[str, Tensor], loss: str, tied: bool) 
         part = _part(rollout, accelerator.process_index, accelerator.num_processes)
         stats = accumulate_gradient(accelerator, policy, part, temperature=TAU, micro_batch_size=3)
         return stats, {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+
+
+def _with_zero(
+    folder: Path, rollout: dict[str, Tensor], config: TrainConfig, stage: int
+) -> tuple[StepStats, dict[str, Tensor], float, dict[str, Tensor]]:
+    """The same under DeepSpeed, and the gradient's norm and the whole parameters after the step."""
+    with _launched(**_ZERO, ACCELERATE_DEEPSPEED_ZERO_STAGE=str(stage)):
+        accelerator = sharding.start(config, folder)
+        from deepspeed.utils import safe_get_full_grad
+
+        model = _load(folder, tied=False)
+        head = find_head(model) if config.loss == "linear" else None
+        prepared, optimizer = sharding.prepare(accelerator, model, partial(make_optimizer, config=config), config)
+        assert sharding.is_sharded(model) == (stage == 3)
+        policy = Policy(model, None, head, config.dtype, prepared=prepared)
+        part = _part(rollout, accelerator.process_index, accelerator.num_processes)
+        stats = accumulate_gradient(accelerator, policy, part, temperature=TAU, micro_batch_size=3)
+        gradients = {name: safe_get_full_grad(p).clone() for name, p in model.named_parameters()}
+        norm = sharding.take_step(accelerator, prepared, optimizer, config.max_grad_norm)
+        state = sharding.whole_state(model, trained_alone=False) or model.state_dict()
+        prepared.destroy()
+        return stats, gradients, norm, {name: tensor.clone() for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_zero_takes_the_step_of_one_process(tiny_folder: Path, rollout: Rollout, loss: str, stage: int) -> None:
+    config = TrainConfig(loss=loss, micro_batch_size=3, learning_rate=1e-3, max_grad_norm=0.1)
+    model = _load(tiny_folder, tied=False)
+    accelerator = Accelerator(mixed_precision="no")
+    expected = accumulate_gradient(
+        accelerator, _policy(model, loss), rollout, temperature=TAU, micro_batch_size=100
+    )
+    of_one = {name: p.grad.clone() for name, p in model.named_parameters()}
+    norm = sharding.take_step(accelerator, model, make_optimizer(model, config), config.max_grad_norm)
+    assert norm > config.max_grad_norm
+    results = run_on_ranks(2, _with_zero, tiny_folder, vars(rollout), config, stage)
+    for stats, gradients, its_norm, _ in results:
+        assert stats.tokens == expected.tokens
+        assert stats.loss == pytest.approx(expected.loss, rel=1e-6)
+        assert stats.entropy == pytest.approx(expected.entropy, rel=1e-6)
+        assert its_norm == pytest.approx(norm, rel=1e-5)
+        for name, gradient in of_one.items():
+            assert _difference(gradients[name], gradient) < 5e-6, name
+    for name, parameter in model.named_parameters():
+        assert _difference(results[0][3][name], parameter.detach()) < 1e-5, name
 
 
 def _load(folder: Path, tied: bool) -> Any:
