@@ -1,8 +1,8 @@
 """Two processes that share a model's parameters, against one process that has all of them."""
 
 import contextlib
-from collections.abc import Iterator
-from functools import partial
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +11,20 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from ranks import run_on_ranks
+from safetensors.torch import load_file
 from torch import Tensor
 from torch import distributed as dist
 from transformers import AutoModelForCausalLM
 
 from em_kernels.models.head import find_head
-from em_kernels.one_shot import sharding
+from em_kernels.one_shot import sharding, training
 from em_kernels.one_shot.config import LOSSES, TrainConfig
 from em_kernels.one_shot.metrics import StepStats
 from em_kernels.one_shot.objective import accumulate_gradient
 from em_kernels.one_shot.optimizer import make_optimizer
 from em_kernels.one_shot.policy import Policy
 from em_kernels.one_shot.policy.rollout import Rollout
+from em_kernels.one_shot.run_folder import RunFolder
 
 TAU = 0.5
 
@@ -79,7 +81,9 @@ def _with_zero(
 
         model = _load(folder, tied=False)
         head = find_head(model) if config.loss == "linear" else None
-        prepared, optimizer = sharding.prepare(accelerator, model, partial(make_optimizer, config=config), config)
+        prepared, optimizer = sharding.prepare(
+            accelerator, model, functools.partial(make_optimizer, config=config), config
+        )
         assert sharding.is_sharded(model) == (stage == 3)
         policy = Policy(model, None, head, config.dtype, prepared=prepared)
         part = _part(rollout, accelerator.process_index, accelerator.num_processes)
@@ -97,9 +101,7 @@ def test_zero_takes_the_step_of_one_process(tiny_folder: Path, rollout: Rollout,
     config = TrainConfig(loss=loss, micro_batch_size=3, learning_rate=1e-3, max_grad_norm=0.1)
     model = _load(tiny_folder, tied=False)
     accelerator = Accelerator(mixed_precision="no")
-    expected = accumulate_gradient(
-        accelerator, _policy(model, loss), rollout, temperature=TAU, micro_batch_size=100
-    )
+    expected = accumulate_gradient(accelerator, _policy(model, loss), rollout, temperature=TAU, micro_batch_size=100)
     of_one = {name: p.grad.clone() for name, p in model.named_parameters()}
     norm = sharding.take_step(accelerator, model, make_optimizer(model, config), config.max_grad_norm)
     assert norm > config.max_grad_norm
@@ -144,3 +146,87 @@ def test_fully_shard_gives_the_gradient_of_one_process(
 
 def _difference(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected).norm() / expected.norm())
+
+
+_WAYS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
+    "data parallel": ({}, {"ACCELERATE_USE_CPU": "true"}),
+    "fully_shard": ({"shard": True}, {"ACCELERATE_USE_CPU": "true"}),
+    "zero2": ({}, {**_ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}),
+    "zero3": ({}, {**_ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}),
+}
+
+
+def _train(
+    config: TrainConfig, output: Path, variables: dict[str, str], interrupted: int | None = None, resume: bool = False
+) -> None:
+    """One process of a run that keeps every second state and is interrupted, if at all, as that step begins."""
+    with _launched(**variables), pytest.MonkeyPatch.context() as patched:
+        step = training._step
+
+        def interruptible(*arguments: Any) -> Any:
+            if arguments[-1] == interrupted:
+                raise KeyboardInterrupt
+            return step(*arguments)
+
+        patched.setattr(training, "_step", interruptible)
+        # The process group serves the next test.
+        patched.setattr(Accelerator, "end_training", lambda _: None)
+        with contextlib.suppress(KeyboardInterrupt):
+            training.train(config, output, resume=resume, state_every=2)
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[TrainConfig, Path]]:
+    """A finished run of two processes, for each of the ways to launch it."""
+    folder = tmp_path_factory.mktemp("runs")
+
+    @functools.cache
+    def run(way: str) -> tuple[TrainConfig, Path]:
+        settings, variables = _WAYS[way]
+        config = TrainConfig(
+            model=str(tiny_folder),
+            steps=4,
+            learning_rate=1e-3,
+            batch_size=4,
+            micro_batch_size=1,
+            max_new_tokens=8,
+            evaluation_size=3,
+            **settings,
+        )
+        run_on_ranks(2, _train, config, folder / way, variables)
+        return config, folder / way
+
+    return run
+
+
+def _checkpoint(run: Path) -> dict[str, Tensor]:
+    return load_file(run / "checkpoint" / "model.safetensors")
+
+
+@pytest.mark.parametrize("way", ["fully_shard", "zero2", "zero3"])
+def test_sharded_run_ends_as_data_parallelism_does(runs: Callable[[str], tuple[TrainConfig, Path]], way: str) -> None:
+    (_, expected), (_, run) = runs("data parallel"), runs(way)
+    losses = [[row["loss"] for row in RunFolder(folder).read_metrics()] for folder in (expected, run)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    weights = _checkpoint(run)
+    assert weights.keys() == _checkpoint(expected).keys()
+    for name, weight in _checkpoint(expected).items():
+        assert _difference(weights[name], weight) < 1e-4, name
+    assert sorted(path.name for path in run.iterdir()) == sorted(path.name for path in expected.iterdir())
+
+
+@pytest.mark.parametrize("way", _WAYS)
+def test_resumed_run_ends_with_the_same_parameters(
+    runs: Callable[[str], tuple[TrainConfig, Path]], tmp_path: Path, way: str
+) -> None:
+    (config, expected), variables = runs(way), _WAYS[way][1]
+    run = tmp_path / "run"
+    run_on_ranks(2, _train, config, run, variables, 4)
+    assert RunFolder(run).finished_steps() == 2
+    # The third step is taken again.
+    run_on_ranks(2, _train, config, run, variables, None, True)
+    weights = _checkpoint(run)
+    for name, weight in _checkpoint(expected).items():
+        assert torch.equal(weights[name], weight), name
+    losses = [[row["loss"] for row in RunFolder(folder).read_metrics()] for folder in (expected, run)]
+    assert losses[1] == losses[0]
