@@ -8,6 +8,7 @@ each of them has the weight whole, so that nothing here gathers a weight for the
 import contextlib
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed import checkpoint as distributed_checkpoint
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -184,12 +186,22 @@ def take_step(accelerator: Accelerator, prepared: Any, optimizer: Any, max_grad_
 
 
 def save_state(accelerator: Accelerator, prepared: Any, optimizer: Any, folder: Path) -> None:
-    """Writes the trainable parameters and the optimiser state; each process writes its part of them."""
+    """Writes the trainable parameters and the optimiser state; each process writes its part of them.
+
+    Raises:
+        OSError: a process cannot write its part.
+    """
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         prepared.save_checkpoint(str(folder), tag=_TAG, exclude_frozen_parameters=True)
     else:
         state = _state(accelerator, prepared, optimizer)
-        distributed_checkpoint.save(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+        try:
+            with _alone_or_together() as how:
+                distributed_checkpoint.save(state, checkpoint_id=folder, **how)
+        except CheckpointException as failure:
+            # It is no Exception. Every process gets that of each process that failed.
+            rank, (error, _) = next(iter(failure.failures.items()))
+            raise OSError(f"{folder} cannot be written by process {rank}: {error}") from failure
 
 
 def restore_state(accelerator: Accelerator, prepared: Any, optimizer: Any, folder: Path) -> None:
@@ -198,7 +210,8 @@ def restore_state(accelerator: Accelerator, prepared: Any, optimizer: Any, folde
         prepared.load_checkpoint(str(folder), tag=_TAG, load_module_strict=False)
         return
     state = _state(accelerator, prepared, optimizer)
-    distributed_checkpoint.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    with _alone_or_together() as how:
+        distributed_checkpoint.load(state, checkpoint_id=folder, **how)
     model, inner = accelerator.unwrap_model(prepared), _unwrapped(optimizer)
     set_optimizer_state_dict(model, inner, state["optimizer"])
 
@@ -212,17 +225,25 @@ def _state(accelerator: Accelerator, prepared: Any, optimizer: Any) -> dict[str,
     }
 
 
+@contextlib.contextmanager
+def _alone_or_together() -> Iterator[dict[str, bool]]:
+    with warnings.catch_warnings():
+        # torch warns of one process even where it has been told.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield {"no_dist": not dist.is_initialized()}
+
+
 def _unwrapped(optimizer: Any) -> Any:
     # Accelerate's wrapper may skip a step, where the optimiser's state is made by a step with a gradient of 0.
     return getattr(optimizer, "optimizer", optimizer)
 
 
-def whole_state(model: Any, *, trained_alone: bool) -> dict[str, Tensor] | None:
+def whole_state(model: Any, *, trained_alone: bool) -> dict[str, Any] | None:
     """The model's state dict, whole in the first process's memory, for which every process has to make the call.
 
     With `trained_alone` it need not have the frozen parameters. None says that the model is not sharded.
     """
-    if isinstance(model, FSDPModule):
+    if isinstance(model, nn.Module) and isinstance(model, FSDPModule):
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_alone)
         return get_model_state_dict(model, options=options)
     if not is_sharded(model):
