@@ -72,6 +72,8 @@ def train(config: TrainConfig, output: str | Path, *, resume: bool = False, stat
         model, tokenizer = load_model(config.model, trust_remote_code=config.trust_remote_code)
     check_context(model, encode_chats(tokenizer, list(config.prompts)), config.max_new_tokens)
     if config.lora_rank:
+        # Adapters start at random, on every process and after an interruption the same.
+        torch.manual_seed(config.seed)
         add_adapter(model, config.lora_rank)
     if config.gradient_checkpointing:
         checkpoint_activations(model)

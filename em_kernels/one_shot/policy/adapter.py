@@ -4,6 +4,7 @@ PEFT injects them into the model, which keeps its class, its forward and its hea
 """
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,13 @@ def check_peft(wanted_by: str) -> None:
 def is_adapter(source: Path) -> bool:
     """Whether a folder holds an adapter, and not a model."""
     return (source / "adapter_config.json").is_file()
+
+
+def tokenizer_source(source: Path) -> str:
+    """The folder or name of the tokenizer of an adapter: its own if it was saved with one, otherwise its model's."""
+    if (source / "tokenizer_config.json").is_file():
+        return str(source)
+    return json.loads((source / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
 
 
 def add_adapter(model: Any, rank: int) -> None:

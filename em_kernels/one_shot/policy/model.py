@@ -38,10 +38,12 @@ def load_model(name: str | None, *, trust_remote_code: bool = False) -> tuple[An
         UsageError: there is no such model, or the model cannot be loaded.
     """
     source = built_in_model() if name is None else name
-    if adapter.is_adapter(Path(source)):
+    of_adapter = adapter.is_adapter(Path(source))
+    if of_adapter:
         adapter.check_peft(f"the adapter {source}")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        tokens_of = adapter.tokenizer_source(Path(source)) if of_adapter else source
+        tokenizer = AutoTokenizer.from_pretrained(tokens_of, trust_remote_code=trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(
             source, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
         )
