@@ -54,6 +54,8 @@ def start(config: TrainConfig, output: Path) -> Accelerator:
     version = os.environ.get("FSDP_VERSION", "1")
     if fsdp and version != "2":
         raise UsageError(f"launched with FSDP version {version}, expected 2 (accelerate launch --fsdp_version 2)")
+    if (config.shard or fsdp or deepspeed) and config.optimizer != "adamw":
+        raise UsageError(f"optimizer is {config.optimizer!r}, expected 'adamw' for a sharded model")
     if deepspeed and importlib.util.find_spec("deepspeed") is None:
         raise UsageError("launched with DeepSpeed, which is not installed (pip install 'em_kernels[deepspeed]')")
     if fsdp:

@@ -1,10 +1,13 @@
 """Two processes that share a model's parameters, against one process that has all of them."""
 
 import contextlib
+import dataclasses
 import functools
+import importlib.util
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -19,6 +22,7 @@ from transformers import AutoModelForCausalLM
 from em_kernels.models.head import find_head
 from em_kernels.one_shot import sharding, training
 from em_kernels.one_shot.config import LOSSES, TrainConfig
+from em_kernels.one_shot.errors import UsageError
 from em_kernels.one_shot.metrics import StepStats
 from em_kernels.one_shot.objective import accumulate_gradient
 from em_kernels.one_shot.optimizer import make_optimizer
@@ -71,19 +75,27 @@ def _on_a_rank(folder: Path, rollout: dict[str, Tensor], loss: str, tied: bool) 
         return stats, {name: p.grad.full_tensor() for name, p in model.named_parameters()}
 
 
-def _with_zero(
-    folder: Path, rollout: dict[str, Tensor], config: TrainConfig, stage: int
-) -> tuple[StepStats, dict[str, Tensor], float, dict[str, Tensor]]:
-    """The same under DeepSpeed, and the gradient's norm and the whole parameters after the step."""
+class _Step(NamedTuple):
+    """A step: its statistics, gradients, the gradient's norm, the parameters after it, and a linear layer's dtypes."""
+
+    stats: StepStats
+    gradients: dict[str, Tensor]
+    norm: float
+    parameters: dict[str, Tensor]
+    dtypes: set[torch.dtype]
+
+
+def _with_zero(folder: Path, rollout: dict[str, Tensor], config: TrainConfig, stage: int) -> _Step:
+    """One process's share of a step under DeepSpeed, the tensors whole."""
     with _launched(**_ZERO, ACCELERATE_DEEPSPEED_ZERO_STAGE=str(stage)):
         accelerator = sharding.start(config, folder)
         from deepspeed.utils import safe_get_full_grad
 
-        model = _load(folder, tied=False)
+        model, dtypes = _load(folder, tied=False), set()
         head = find_head(model) if config.loss == "linear" else None
-        prepared, optimizer = sharding.prepare(
-            accelerator, model, functools.partial(make_optimizer, config=config), config
-        )
+        model.model.layers[0].mlp.down_proj.register_forward_hook(lambda _, inputs, output: dtypes.add(output.dtype))
+        make = functools.partial(make_optimizer, config=config)
+        prepared, optimizer = sharding.prepare(accelerator, model, make, config)
         assert sharding.is_sharded(model) == (stage == 3)
         policy = Policy(model, None, head, config.dtype, prepared=prepared)
         part = _part(rollout, accelerator.process_index, accelerator.num_processes)
@@ -92,7 +104,15 @@ def _with_zero(
         norm = sharding.take_step(accelerator, prepared, optimizer, config.max_grad_norm)
         state = sharding.whole_state(model, trained_alone=False) or model.state_dict()
         prepared.destroy()
-        return stats, gradients, norm, {name: tensor.clone() for name, tensor in state.items()}
+        return _Step(stats, gradients, norm, {name: tensor.clone() for name, tensor in state.items()}, dtypes)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero_computes_in_bfloat16(tiny_folder: Path, rollout: Rollout, stage: int) -> None:
+    config = TrainConfig(dtype="bfloat16", micro_batch_size=3)
+    for step in run_on_ranks(2, _with_zero, tiny_folder, vars(rollout), config, stage):
+        assert step.dtypes == {torch.bfloat16}
+        assert {gradient.dtype for gradient in step.gradients.values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -105,16 +125,17 @@ def test_zero_takes_the_step_of_one_process(tiny_folder: Path, rollout: Rollout,
     of_one = {name: p.grad.clone() for name, p in model.named_parameters()}
     norm = sharding.take_step(accelerator, model, make_optimizer(model, config), config.max_grad_norm)
     assert norm > config.max_grad_norm
-    results = run_on_ranks(2, _with_zero, tiny_folder, vars(rollout), config, stage)
-    for stats, gradients, its_norm, _ in results:
-        assert stats.tokens == expected.tokens
-        assert stats.loss == pytest.approx(expected.loss, rel=1e-6)
-        assert stats.entropy == pytest.approx(expected.entropy, rel=1e-6)
-        assert its_norm == pytest.approx(norm, rel=1e-5)
+    steps = run_on_ranks(2, _with_zero, tiny_folder, vars(rollout), config, stage)
+    for step in steps:
+        assert step.stats.tokens == expected.tokens
+        assert step.stats.loss == pytest.approx(expected.loss, rel=1e-6)
+        assert step.stats.entropy == pytest.approx(expected.entropy, rel=1e-6)
+        assert step.norm == pytest.approx(norm, rel=1e-5)
+        assert step.dtypes == {torch.float32}
         for name, gradient in of_one.items():
-            assert _difference(gradients[name], gradient) < 5e-6, name
+            assert _difference(step.gradients[name], gradient) < 5e-6, name
     for name, parameter in model.named_parameters():
-        assert _difference(results[0][3][name], parameter.detach()) < 1e-5, name
+        assert _difference(steps[0].parameters[name], parameter.detach()) < 1e-5, name
 
 
 def _load(folder: Path, tied: bool) -> Any:
@@ -148,11 +169,14 @@ def _difference(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected).norm() / expected.norm())
 
 
+_CPU = {"ACCELERATE_USE_CPU": "true"}
 _WAYS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
-    "data parallel": ({}, {"ACCELERATE_USE_CPU": "true"}),
-    "fully_shard": ({"shard": True}, {"ACCELERATE_USE_CPU": "true"}),
+    "data parallel": ({}, _CPU),
+    "fully_shard": ({"shard": True}, _CPU),
+    "fully_shard, adapters": ({"shard": True, "lora_rank": 4}, _CPU),
     "zero2": ({}, {**_ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}),
     "zero3": ({}, {**_ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}),
+    "zero3, adapters": ({"lora_rank": 4}, {**_ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}),
 }
 
 
@@ -200,7 +224,8 @@ def runs(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
 
 
 def _checkpoint(run: Path) -> dict[str, Tensor]:
-    return load_file(run / "checkpoint" / "model.safetensors")
+    [file] = (run / "checkpoint").glob("*.safetensors")
+    return load_file(file)
 
 
 @pytest.mark.parametrize("way", ["fully_shard", "zero2", "zero3"])
@@ -230,3 +255,59 @@ def test_resumed_run_ends_with_the_same_parameters(
         assert torch.equal(weights[name], weight), name
     losses = [[row["loss"] for row in RunFolder(folder).read_metrics()] for folder in (expected, run)]
     assert losses[1] == losses[0]
+
+
+_FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "settings", "message"),
+    [
+        (_FSDP, {}, "launched with FSDP2, which Accelerate has not set up on cpu.*--shard"),
+        (_FSDP | _CPU, {}, "launched with FSDP2, which Accelerate has not set up on cpu.*--shard"),
+        (
+            _FSDP | {"FSDP_VERSION": "1"},
+            {},
+            r"launched with FSDP version 1, expected 2 \(accelerate launch --fsdp_version",
+        ),
+        (_FSDP, {"shard": True}, "--shard was given to a launch with FSDP, expected one of both"),
+        (_ZERO, {"shard": True}, "--shard was given to a launch with DeepSpeed, expected one of both"),
+        (_ZERO | _CPU, {}, "launched with DeepSpeed, which Accelerate has not set up on cpu"),
+        (_ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"}, {}, "launched with ZeRO stage 1, expected 2 or 3"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, {}, "launched with Megatron-LM, expected data parallelism, FSDP2"),
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, {}, "launched with a parallelism config, expected"),
+        (
+            _CPU,
+            {"shard": True, "optimizer": "adamw8bit", "dtype": "bfloat16"},
+            "optimizer is 'adamw8bit', expected 'adamw' for a sharded model",
+        ),
+    ],
+)
+def test_launch_that_cannot_be(
+    tmp_path: Path, variables: dict[str, str], settings: dict[str, Any], message: str
+) -> None:
+    for found in run_on_ranks(2, _refusal, TrainConfig(**settings), tmp_path / "run", variables):
+        assert re.search(message, found), found
+    assert not (tmp_path / "run").exists()
+
+
+def _refusal(config: TrainConfig, output: Path, variables: dict[str, str]) -> str:
+    with _launched(**variables), pytest.raises(UsageError) as raised:
+        training.train(config, output)
+    return str(raised.value)
+
+
+def test_one_process_shards_nothing(tiny_config: TrainConfig, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--shard was given to one process, expected a launch of several"):
+        training.train(dataclasses.replace(tiny_config, shard=True), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_launch_without_deepspeed(tiny_config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "deepspeed" else find_spec(name))
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(
+        UsageError, match=r"DeepSpeed, which is not installed \(pip install 'em_kernels\[deepspeed\]'\)"
+    ):
+        training.train(tiny_config, tmp_path / "run")

@@ -134,8 +134,10 @@ class Policy:
         made: list[Tensor] = []
 
         def in_place_of_logits(hidden: Tensor) -> Tensor:
-            # A scalar in as many dimensions as logits passes through what the model does to its logits.
-            return function(hidden[:, -rollout.completion_mask.shape[1] :]).reshape(1, 1, 1)
+            scalar = function(hidden[:, -rollout.completion_mask.shape[1] :])
+            # In as many dimensions as logits, it passes through what the model does to its logits. A view would not do:
+            # FSDP2 warns of it.
+            return scalar.reshape(1, 1, 1).clone()
 
         with self.head.replaced(in_place_of_logits):
             # The hook is the module's last one, so it sees what the wrappers' own hooks have made of the scalar.
