@@ -41,11 +41,11 @@ def _policy(model: Any, loss: str) -> Policy:
     return Policy(model, None, find_head(model) if loss == "linear" else None)
 
 
-_ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
+ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
 
 
 @contextlib.contextmanager
-def _launched(**variables: str) -> Iterator[None]:
+def launched(**variables: str) -> Iterator[None]:
     """The environment of a process that a launcher has started, with these variables besides."""
     rank, size = str(dist.get_rank()), str(dist.get_world_size())
     own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "OMP_NUM_THREADS": "1"}
@@ -64,7 +64,7 @@ def _launched(**variables: str) -> Iterator[None]:
 
 def _on_a_rank(folder: Path, rollout: dict[str, Tensor], loss: str, tied: bool) -> tuple[StepStats, dict[str, Tensor]]:
     """One process's share of a step of the sharded model: the statistics, and the whole gradient of each parameter."""
-    with _launched(ACCELERATE_USE_CPU="true"):
+    with launched(ACCELERATE_USE_CPU="true"):
         accelerator = Accelerator(mixed_precision="no")
         model = _load(folder, tied)
         policy = _policy(model, loss)
@@ -87,7 +87,7 @@ class _Step(NamedTuple):
 
 def _with_zero(folder: Path, rollout: dict[str, Tensor], config: TrainConfig, stage: int) -> _Step:
     """One process's share of a step under DeepSpeed, the tensors whole."""
-    with _launched(**_ZERO, ACCELERATE_DEEPSPEED_ZERO_STAGE=str(stage)):
+    with launched(**ZERO, ACCELERATE_DEEPSPEED_ZERO_STAGE=str(stage)):
         accelerator = sharding.start(config, folder)
         from deepspeed.utils import safe_get_full_grad
 
@@ -169,14 +169,14 @@ def _difference(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected).norm() / expected.norm())
 
 
-_CPU = {"ACCELERATE_USE_CPU": "true"}
+CPU = {"ACCELERATE_USE_CPU": "true"}
 _WAYS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
-    "data parallel": ({}, _CPU),
-    "fully_shard": ({"shard": True}, _CPU),
-    "fully_shard, adapters": ({"shard": True, "lora_rank": 4}, _CPU),
-    "zero2": ({}, {**_ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}),
-    "zero3": ({}, {**_ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}),
-    "zero3, adapters": ({"lora_rank": 4}, {**_ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}),
+    "data parallel": ({}, CPU),
+    "fully_shard": ({"shard": True}, CPU),
+    "fully_shard, adapters": ({"shard": True, "lora_rank": 4}, CPU),
+    "zero2": ({}, {**ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}),
+    "zero3": ({}, {**ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}),
+    "zero3, adapters": ({"lora_rank": 4}, {**ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}),
 }
 
 
@@ -184,7 +184,7 @@ def _train(
     config: TrainConfig, output: Path, variables: dict[str, str], interrupted: int | None = None, resume: bool = False
 ) -> None:
     """One process of a run that keeps every second state and is interrupted, if at all, as that step begins."""
-    with _launched(**variables), pytest.MonkeyPatch.context() as patched:
+    with launched(**variables), pytest.MonkeyPatch.context() as patched:
         step = training._step
 
         def interruptible(*arguments: Any) -> Any:
@@ -264,20 +264,20 @@ _FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     ("variables", "settings", "message"),
     [
         (_FSDP, {}, "launched with FSDP2, which Accelerate has not set up on cpu.*--shard"),
-        (_FSDP | _CPU, {}, "launched with FSDP2, which Accelerate has not set up on cpu.*--shard"),
+        (_FSDP | CPU, {}, "launched with FSDP2, which Accelerate has not set up on cpu.*--shard"),
         (
             _FSDP | {"FSDP_VERSION": "1"},
             {},
             r"launched with FSDP version 1, expected 2 \(accelerate launch --fsdp_version",
         ),
         (_FSDP, {"shard": True}, "--shard was given to a launch with FSDP, expected one of both"),
-        (_ZERO, {"shard": True}, "--shard was given to a launch with DeepSpeed, expected one of both"),
-        (_ZERO | _CPU, {}, "launched with DeepSpeed, which Accelerate has not set up on cpu"),
-        (_ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"}, {}, "launched with ZeRO stage 1, expected 2 or 3"),
+        (ZERO, {"shard": True}, "--shard was given to a launch with DeepSpeed, expected one of both"),
+        (ZERO | CPU, {}, "launched with DeepSpeed, which Accelerate has not set up on cpu"),
+        (ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"}, {}, "launched with ZeRO stage 1, expected 2 or 3"),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, {}, "launched with Megatron-LM, expected data parallelism, FSDP2"),
         ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, {}, "launched with a parallelism config, expected"),
         (
-            _CPU,
+            CPU,
             {"shard": True, "optimizer": "adamw8bit", "dtype": "bfloat16"},
             "optimizer is 'adamw8bit', expected 'adamw' for a sharded model",
         ),
@@ -292,7 +292,7 @@ def test_launch_that_cannot_be(
 
 
 def _refusal(config: TrainConfig, output: Path, variables: dict[str, str]) -> str:
-    with _launched(**variables), pytest.raises(UsageError) as raised:
+    with launched(**variables), pytest.raises(UsageError) as raised:
         training.train(config, output)
     return str(raised.value)
 
