@@ -207,7 +207,9 @@ def _tokens(model: Any, rows: int) -> Tensor:
     names = {**model.config.to_dict(), **model.config.get_text_config().to_dict()}
     special = {v for k, v in names.items() if k.endswith(("token_id", "token_index")) and isinstance(v, int)}
     tokens = [i for i in range(rows) if i not in special][:8]
-    return torch.tensor([tokens], device=model.get_input_embeddings().weight.device)
+    device = model.get_input_embeddings().weight.device
+    # Offloaded weights have no device of their own, and Accelerate moves the tokens to where the weights will be.
+    return torch.tensor([tokens], device="cpu" if device.type == "meta" else device)
 
 
 @contextlib.contextmanager

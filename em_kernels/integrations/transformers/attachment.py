@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from em_kernels import OutputHead, TokenStats, find_head, linear_token_stats
+from em_kernels import OutputHead, TokenStats, linear_token_stats
 from em_kernels.integrations.transformers.forward import causal_model, install, remove
 from em_kernels.integrations.transformers.labels import Labels
 from em_kernels.integrations.transformers.loss import auxiliary_loss
@@ -51,8 +51,7 @@ def attach(
             raise ValueError(f"stats has {name!r}, expected any of {', '.join(map(repr, TokenStats._fields))}")
     if not stats:
         raise ValueError("stats is empty, expected at least one name")
-    inner = causal_model(model)
-    install(inner, find_head(inner, vocab_size=vocab_size), _Statistics(tuple(stats), temperature))
+    install(causal_model(model), _Statistics(tuple(stats), temperature), vocab_size=vocab_size)
 
 
 def detach(model: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor
 from transformers.utils import ModelOutput
 
-from em_kernels import OutputHead
+from em_kernels import OutputHead, find_head
 from em_kernels.integrations.transformers.labels import Labels
 
 _NAME = "_em_kernels_forward"
@@ -79,14 +79,16 @@ class _Generate:
             return self.generate(*args, **kwargs)
 
 
-def install(model: Any, head: OutputHead, product: Product) -> Forward:
+def install(model: Any, product: Product, *, vocab_size: int | None) -> Forward:
     """Puts a Forward in the place of the model's forward.
 
     Raises:
         RuntimeError: there is one already.
+        ValueError: the model's head does not fit, as `find_head` says it.
     """
-    if _NAME in model.__dict__:
+    if installed(model) is not None:
         raise RuntimeError(f"the {type(model).__name__} is attached already, expected one that is not: detach it first")
+    head = find_head(model, vocab_size=vocab_size)
     forward = Forward(model, head, product)
     setattr(model, _NAME, forward)
     model.forward = forward
@@ -106,7 +108,7 @@ def remove(model: Any) -> None:
     Raises:
         RuntimeError: the model has its own forward.
     """
-    forward = model.__dict__.get(_NAME)
+    forward = installed(model)
     if forward is None:
         raise RuntimeError(f"the {type(model).__name__} is not attached, expected one that is")
     delattr(model, _NAME)

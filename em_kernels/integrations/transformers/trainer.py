@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 from transformers import Trainer
 
-from em_kernels import OutputHead, find_head, linear_entropy_loss, linear_token_entropy
+from em_kernels import OutputHead, linear_entropy_loss, linear_token_entropy
 from em_kernels.integrations.transformers.forward import causal_model, install
 from em_kernels.integrations.transformers.labels import Labels, check_shifted_count
 from em_kernels.integrations.transformers.loss import auxiliary_loss, share
@@ -42,8 +42,7 @@ class EntropyTrainer(Trainer):
             raise ValueError(
                 f"one process has {self.args.n_gpu} GPUs, expected one: launch with torchrun or accelerate"
             )
-        model = causal_model(self.model)
-        self._forward = install(model, find_head(model, vocab_size=vocab_size), MeanEntropy(temperature))
+        self._forward = install(causal_model(self.model), MeanEntropy(temperature), vocab_size=vocab_size)
         self._forward.active = False
         # The loss takes the count and shifts the labels, whatever the model's own loss does.
         self.model_accepts_loss_kwargs = True
