@@ -155,10 +155,10 @@ _WAYS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "data parallel": ({}, CPU),
     "fully_shard": ({"shard": True}, CPU),
     "fsdp2": ({}, CPU),
-    "fully_shard, adapters": ({"shard": True, "lora_rank": 4, "evaluation_size": 0}, CPU),
+    "fully_shard, adapters": ({"shard": True, "lora_rank": 4, "evaluation_size": 0, "steps": 3}, CPU),
     "zero2": ({}, {**ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}),
     "zero3": ({}, {**ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}),
-    "zero3, adapters": ({"lora_rank": 4, "evaluation_size": 0}, {**ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}),
+    "zero3, adapters": ({"lora_rank": 4, "evaluation_size": 0, "steps": 3}, {**ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}),
 }
 
 
@@ -201,12 +201,11 @@ def runs(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
     def run(way: str) -> tuple[TrainConfig, Path]:
         config = TrainConfig(
             model=str(tiny_folder),
-            steps=4,
             learning_rate=1e-3,
             batch_size=4,
             micro_batch_size=1,
             max_new_tokens=4,
-            **{"evaluation_size": 3, **_WAYS[way][0]},
+            **{"steps": 4, "evaluation_size": 3, **_WAYS[way][0]},
         )
         run_on_ranks(2, _train, config, folder / way, way)
         return config, folder / way
@@ -237,9 +236,9 @@ def test_resumed_run_ends_with_the_same_parameters(
 ) -> None:
     config, expected = runs(way)
     run = tmp_path / "run"
-    run_on_ranks(2, _train, config, run, way, 4)
+    run_on_ranks(2, _train, config, run, way, config.steps)
     assert RunFolder(run).finished_steps() == 2
-    # The third step is taken again.
+    # Of four steps, the third is taken again.
     run_on_ranks(2, _train, config, run, way, None, True)
     weights = _checkpoint(run)
     for name, weight in _checkpoint(expected).items():
