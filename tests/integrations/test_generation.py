@@ -136,6 +136,14 @@ def test_gradient_modes(processor: Any, mode: Any) -> None:
     assert not result.requires_grad
 
 
+@pytest.mark.parametrize("processor", PROCESSORS, ids=lambda processor: type(processor).__name__)
+def test_the_host_looks_at_no_value(processor: Any) -> None:
+    # A tensor on this device has none.
+    result = processor(NO_TOKENS, torch.empty(6, 301, device="meta"))
+    assert result.shape == (6, 301)
+    assert result.device.type == "meta"
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("tiny")

@@ -49,6 +49,12 @@ def test_what_is_not_a_number_is_marked_first() -> None:
     assert high_entropy_mask(entropy, share=0.2).tolist() == [False, True, False, False, False]
 
 
+def test_the_host_looks_at_no_value() -> None:
+    # A tensor on this device has none.
+    entropy = torch.empty(3, 4, device="meta")
+    assert high_entropy_mask(entropy, entropy).device.type == "meta"
+
+
 def test_counts_beyond_float32() -> None:
     # A float32 counts to 2^24 = 16,777,216. The bits of these floats are their places.
     tokens = 2**24 + 101
