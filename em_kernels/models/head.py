@@ -19,7 +19,7 @@ class OutputHead:
     temperature by the scale therefore gives the same softmax(logits / temperature), and multiplies no tensor.
 
     Attributes:
-        module: the torch.nn.Linear that holds weight and bias.
+        module: the torch.nn.Linear that holds weight and bias, or PEFT's wrapper of copies of one (modules_to_save).
         scale: the factor of the logits.
         softcap: c, or None for logits without a cap.
         vocab_size: the number of tokens, where weight has more rows than there are tokens; None counts every row.
@@ -38,7 +38,8 @@ class OutputHead:
         Args:
             temperature: tau > 0, of the softmax of the model's logits: a float, or a tensor as the functions take it.
         """
-        weight, bias = self.module.weight, self.module.bias
+        module = _running(self.module)
+        weight, bias = module.weight, module.bias
         if self.vocab_size is not None and self.vocab_size < len(weight):
             weight, bias = weight[: self.vocab_size], None if bias is None else bias[: self.vocab_size]
         return {
@@ -59,7 +60,7 @@ class OutputHead:
         Args:
             function: takes the hidden states, (..., D), and returns what the projection returns in place of logits.
         """
-        module = self.module
+        module = _running(self.module)
         # Accelerate moves inputs and loads offloaded weights in a forward of its own, which calls this one.
         name = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
         others = module.__dict__.get(name)
@@ -89,7 +90,8 @@ def find_head(model: Any, *, vocab_size: int | None = None) -> OutputHead:
             logits are not a scale and a softcap of what the projection makes; or vocab_size is not 1 to the number of
             rows.
     """
-    module = _projection(model)
+    projection = _projection(model)
+    module = _running(projection)
     rows = module.out_features
     if vocab_size is not None and not 1 <= vocab_size <= rows:
         raise ValueError(f"vocab_size is {vocab_size}, expected 1 to {rows}, the rows of the output projection")
@@ -106,24 +108,42 @@ def find_head(model: Any, *, vocab_size: int | None = None) -> OutputHead:
         return made[-1]
 
     with OutputHead(module).replaced(probed), _evaluating(model):
-        logits = model(input_ids=_tokens(model, rows, module), use_cache=False).logits
+        logits = model(input_ids=_tokens(model, rows), use_cache=False).logits
     if len(made) != 1:
         raise ValueError(f"the model uses its output projection {len(made)} times in a call, expected 1")
     scale, softcap = _scale_and_softcap(model.config.get_text_config(), made[0], logits)
-    return OutputHead(module, scale, softcap, vocab_size)
+    return OutputHead(projection, scale, softcap, vocab_size)
 
 
-def _projection(model: Any) -> nn.Linear:
+def _projection(model: Any) -> Any:
     if not hasattr(model, "get_output_embeddings") or not hasattr(model, "config"):
         raise ValueError(f"the model is a {type(model).__name__}, expected a Transformers causal language model")
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"the {type(model).__name__} has an encoder, expected a causal language model")
     module = model.get_output_embeddings()
-    # Sharding and parametrisation make subclasses of their own, which keep the forward.
-    if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
-        found = "no output projection" if module is None else f"a {type(module).__name__} as its output projection"
-        raise ValueError(f"the model has {found}, expected a plain torch.nn.Linear (no adapter)")
+    copies = [module.original_module, *module.modules_to_save.values()] if _has_copies(module) else [module]
+    for copy in copies:
+        # Sharding and parametrisation make subclasses of their own, which keep the forward.
+        if not isinstance(copy, nn.Linear) or type(copy).forward is not nn.Linear.forward:
+            found = "no output projection" if copy is None else f"{type(copy).__name__} as its output projection"
+            raise ValueError(
+                f"the model has {found}, expected a torch.nn.Linear that is not quantised and that no adapter changes, "
+                "other than one that trains a copy of it (PEFT's modules_to_save)"
+            )
     return module
+
+
+def _running(module: Any) -> Any:
+    """The torch.nn.Linear that runs now: of a module that PEFT trains as a copy, the copy, or the original."""
+    if not _has_copies(module):
+        return module
+    if module.disable_adapters or not module.active_adapters:
+        return module.original_module
+    return module.modules_to_save[module.active_adapters[0]]
+
+
+def _has_copies(module: Any) -> bool:
+    return hasattr(module, "modules_to_save") and hasattr(module, "original_module")
 
 
 def _check_whole(module: nn.Linear) -> None:
@@ -156,7 +176,7 @@ def _scale_and_softcap(config: Any, given: Tensor, logits: Tensor) -> tuple[floa
         ((_distance(logits, _capped(given.float() * scale, softcap)), scale, softcap) for scale, softcap in pairs),
         key=lambda found: found[0],
     )
-    if not distance <= _tolerance(logits):
+    if not distance <= max(_tolerance(given), _tolerance(logits)):
         raise ValueError(
             "the model does something of its own between its output projection and its logits, expected a scale and "
             "a softcap that its configuration names"
@@ -182,12 +202,14 @@ def _tolerance(logits: Tensor) -> float:
     return 0.05 if logits.dtype.itemsize < 4 else 1e-4
 
 
-def _tokens(model: Any, rows: int, module: nn.Linear) -> Tensor:
+def _tokens(model: Any, rows: int) -> Tensor:
     """A few tokens, none of which the configuration gives a meaning of its own, as it does to that of an image."""
     names = {**model.config.to_dict(), **model.config.get_text_config().to_dict()}
     special = {v for k, v in names.items() if k.endswith(("token_id", "token_index")) and isinstance(v, int)}
     tokens = [i for i in range(rows) if i not in special][:8]
-    return torch.tensor([tokens], device=model.get_input_embeddings().weight.device)
+    device = model.get_input_embeddings().weight.device
+    # Offloaded weights have no device of their own, and Accelerate moves the tokens to where the weights will be.
+    return torch.tensor([tokens], device="cpu" if device.type == "meta" else device)
 
 
 @contextlib.contextmanager

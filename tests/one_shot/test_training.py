@@ -392,3 +392,14 @@ def test_default_folder_is_the_next_free_one(tmp_path: Path, monkeypatch: pytest
         Path("runs", name).mkdir(parents=True)
     assert default_run_folder("demo", resume=False) == Path("runs/demo-3")
     assert default_run_folder("demo", resume=True) == Path("runs/demo-2")
+
+
+def test_a_head_that_does_not_fit(tiny_config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_changed(*arguments: Any, **named: Any) -> Any:
+        model, tokenizer = load_model(*arguments, **named)
+        model.lm_head.register_forward_hook(lambda module, inputs, output: output * 0.3)
+        return model, tokenizer
+
+    monkeypatch.setattr(training, "load_model", load_changed)
+    with pytest.raises(UsageError, match=r"something of its own .*; --loss logits works with any model$"):
+        train(tiny_config, tmp_path / "run")

@@ -1,0 +1,128 @@
+"""What takes the place of a model's forward: its output projection makes something other than logits."""
+
+import functools
+from typing import Any, Protocol
+
+from torch import Tensor
+from transformers.utils import ModelOutput
+
+from em_kernels import OutputHead
+from em_kernels.integrations.transformers.labels import Labels
+
+_NAME = "_em_kernels_forward"
+_GENERATING = ("generate", "generate_batch")
+
+
+class Product(Protocol):
+    """What is made of hidden states in place of logits."""
+
+    def made_of(self, hidden: Tensor, labels: Labels, head: OutputHead) -> Tensor:
+        """Runs in the output projection's forward; returns a tensor of three dimensions, as logits have."""
+
+    def output(self, output: Any, made: Tensor, labels: Labels, model: Any) -> Any:
+        """The model's output with what was made in it; `made` as the projection's hooks have left it."""
+
+
+class Forward:
+    """Stands in for a model's forward, and calls it. An object, not a closure, so that a copy of the model has its own.
+
+    Args:
+        model: the causal language model itself.
+        head: its output projection.
+        product: what is made in place of logits.
+
+    Attributes:
+        active: whether the product is made; a model that generates makes logits.
+    """
+
+    def __init__(self, model: Any, head: OutputHead, product: Product) -> None:
+        self.model, self.head, self.product, self.active = model, head, product, False
+
+    def put_in(self) -> None:
+        """Takes the place of the model's forward.
+
+        Raises:
+            RuntimeError: the place is taken.
+        """
+        check_free(self.model)
+        names = [name for name in ("forward", *_GENERATING) if hasattr(self.model, name)]
+        self.before = {name: self.model.__dict__.get(name) for name in names}
+        self.forward = self.model.forward
+        functools.update_wrapper(self, self.forward)
+        setattr(self.model, _NAME, self)
+        self.model.forward, self.active = self, True
+        for name in names[1:]:
+            setattr(self.model, name, _Generate(self, getattr(self.model, name)))
+
+    def take_out(self) -> None:
+        """Puts the model's own forward back."""
+        # Where another wrapper has been put around it, it stays inside that wrapper and passes everything on.
+        self.active = False
+        delattr(self.model, _NAME)
+        for name, before in self.before.items():
+            current = self.model.__dict__.get(name)
+            if current is not self and not (isinstance(current, _Generate) and current.forward is self):
+                continue
+            if before is None:
+                delattr(self.model, name)
+            else:
+                setattr(self.model, name, before)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.active:
+            return self.forward(*args, **kwargs)
+        if args:
+            raise TypeError(f"the model was called with {len(args)} positional arguments, expected names for all")
+        labels, made = Labels.taken_from(kwargs), []
+        # Hooks of the projection, which sharding needs, may return another tensor than the one that was made. The
+        # last hook sees what they return.
+        hook = self.head.module.register_forward_hook(lambda module, inputs, output: made.append(output))
+        try:
+            with self.head.replaced(lambda hidden: self.product.made_of(hidden, labels, self.head)):
+                output = self.forward(**kwargs)
+        finally:
+            hook.remove()
+        if len(made) != 1:
+            raise RuntimeError(f"the model used its output projection {len(made)} times in a call, expected 1")
+        if not isinstance(output, ModelOutput):
+            raise ValueError(f"the model returned a {type(output).__name__}, expected a ModelOutput (return_dict=True)")
+        return self.product.output(output, made[0], labels, self.model)
+
+
+class _Generate:
+    """Stands in for a model's generate, which needs logits."""
+
+    def __init__(self, forward: Forward, generate: Any) -> None:
+        self.forward, self.generate = forward, generate
+        functools.update_wrapper(self, generate)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        before, self.forward.active = self.forward.active, False
+        try:
+            return self.generate(*args, **kwargs)
+        finally:
+            self.forward.active = before
+
+
+def installed(model: Any) -> Forward | None:
+    """The Forward in the place of the model's forward, or None."""
+    return model.__dict__.get(_NAME)
+
+
+def check_free(model: Any) -> None:
+    """Raises RuntimeError where something stands in for the model's forward already."""
+    if installed(model) is not None:
+        raise RuntimeError(f"the {type(model).__name__} is attached already, expected one that is not: detach it first")
+
+
+def causal_model(model: Any) -> Any:
+    """The causal language model inside the wrappers of compilation, data parallelism and adapters."""
+    while not hasattr(type(model), "get_output_embeddings"):
+        wrapped = model._modules if hasattr(model, "_modules") else {}
+        if "_orig_mod" in wrapped or "module" in wrapped:
+            model = wrapped.get("_orig_mod", wrapped.get("module"))
+        elif hasattr(type(model), "get_base_model"):
+            model = model.get_base_model()
+        else:
+            break
+    return model
