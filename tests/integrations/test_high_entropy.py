@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from ranks import run_on_ranks
@@ -32,6 +34,15 @@ def test_the_highest_are_marked(share: float, dtype: torch.dtype) -> None:
         assert high_entropy_mask(entropy, given, share=share).equal(expected_mask(entropy, mask, share))
     everywhere = torch.ones_like(mask)
     assert high_entropy_mask(entropy, share=share).equal(expected_mask(entropy, everywhere, share))
+
+
+def test_without_ties_trl_marks_the_same() -> None:
+    trl, accelerate = pytest.importorskip("trl"), pytest.importorskip("accelerate")
+    entropy, mask = torch.rand(4, 50), torch.ones(4, 50, dtype=torch.long)
+    mask[0, 25:] = mask[3, :75] = 0
+    trainer = SimpleNamespace(accelerator=accelerate.Accelerator(cpu=True))
+    theirs = trl.GRPOTrainer.get_high_entropy_mask(trainer, entropy, mask, 1 - 0.2)
+    assert high_entropy_mask(entropy, mask, share=0.2).equal(theirs)
 
 
 def test_no_tokens() -> None:

@@ -102,8 +102,9 @@ def test_a_batch_size_is_at_least_one(tiny: tuple[Any, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_grpo_trains_on_both(tiny: tuple[Any, Any], tmp_path: Path) -> None:
-    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+@pytest.mark.parametrize("adapted", [False, True], ids=["", "adapters"])
+def test_grpo_trains_on_both(tiny: tuple[Any, Any], tmp_path: Path, adapted: bool) -> None:
+    trl, datasets, peft = map(pytest.importorskip, ("trl", "datasets", "peft"))
     model, tokenizer = tiny
     # The trainer's own entropies would be those of the model with dropout.
     for layer in model.model.layers:
@@ -119,7 +120,7 @@ def test_grpo_trains_on_both(tiny: tuple[Any, Any], tmp_path: Path) -> None:
             num_generations=4,
             max_completion_length=6,
             generation_kwargs={"min_new_tokens": 6},
-            learning_rate=1e-2,
+            learning_rate=5e-2,
             logging_steps=1,
             report_to=[],
             use_cpu=True,
@@ -128,6 +129,8 @@ def test_grpo_trains_on_both(tiny: tuple[Any, Any], tmp_path: Path) -> None:
         ),
         train_dataset=datasets.Dataset.from_list([{"prompt": messages} for messages in MESSAGES]),
         processing_class=tokenizer,
+        # Adapters of this size change the entropies from the first step to the second.
+        peft_config=peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"]) if adapted else None,
     )
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     trainer.train()
