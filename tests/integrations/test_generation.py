@@ -1,4 +1,6 @@
 import math
+import runpy
+import sys
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LogitsProcessorList
 
 from em_kernels import token_entropy
+from em_kernels.integrations import generation
 from em_kernels.integrations.generation import EntropyMinimizationProcessor, TargetEntropyProcessor
 
 NO_TOKENS = torch.empty(0)
@@ -189,3 +192,9 @@ def test_generate_draws_from_the_changed_distribution(model: Any, beams: int) ->
 def test_errors(make: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         make()
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r"needs transformers: pip install 'em-kernels\[one-shot\]'"):
+        runpy.run_path(generation.__file__)
