@@ -23,7 +23,7 @@ except ImportError as error:
 
 # Those of torch.optim.Adam.
 _BETAS, _EPSILON = (0.9, 0.999), 1e-8
-# A range of temperatures of 1 to 10,000 is then cut to a relative width of 5e-7.
+# A range of temperatures of 1 to 100,000 is then cut to a relative width of 7e-7.
 _HALVINGS = 24
 
 
@@ -96,7 +96,7 @@ class TargetEntropyProcessor(LogitsProcessor):
         ValueError, TypeError: an argument does not fit; the message names it.
     """
 
-    def __init__(self, entropy: float, *, lowest: float = 0.01, highest: float = 100.0) -> None:
+    def __init__(self, entropy: float, *, lowest: float = 0.001, highest: float = 100.0) -> None:
         self.entropy = _number("entropy", entropy, above=True)
         self.lowest = _number("lowest", lowest, above=True)
         self.highest = _number("highest", highest, above=True)

@@ -81,9 +81,6 @@ class _Reward:
             # A position predicts the next token, so the context's last one predicts the completion's first.
             scored[row, max(len(context) - 1, 0) : len(sequence) - 1] = True
         counts = scored.sum(1)
-        if not scored.any():
-            return [None] * len(sequences)
-
         found: list[Tensor] = []
         device = self.model.device
 

@@ -1,4 +1,6 @@
 import math
+import runpy
+import sys
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LogitsProcessorList
 
 from em_kernels import token_entropy
+from em_kernels.integrations import generation
 from em_kernels.integrations.generation import EntropyMinimizationProcessor, TargetEntropyProcessor
 
 NO_TOKENS = torch.empty(0)
@@ -136,6 +139,14 @@ def test_gradient_modes(processor: Any, mode: Any) -> None:
     assert not result.requires_grad
 
 
+@pytest.mark.parametrize("processor", PROCESSORS, ids=lambda processor: type(processor).__name__)
+def test_the_host_looks_at_no_value(processor: Any) -> None:
+    # A tensor on this device has none.
+    result = processor(NO_TOKENS, torch.empty(6, 301, device="meta"))
+    assert result.shape == (6, 301)
+    assert result.device.type == "meta"
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("tiny")
@@ -181,3 +192,9 @@ def test_generate_draws_from_the_changed_distribution(model: Any, beams: int) ->
 def test_errors(make: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         make()
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r"needs transformers: pip install 'em-kernels\[one-shot\]'"):
+        runpy.run_path(generation.__file__)

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from ranks import run_on_ranks
@@ -17,9 +19,9 @@ def expected_mask(entropy: Tensor, mask: Tensor, share: float) -> Tensor:
 
 
 def drawn(tokens: int) -> tuple[Tensor, Tensor]:
-    """Entropies of which many are the same, 0 and -0 among them, and a mask."""
-    entropy = (torch.rand(2, tokens // 2) * 40).round() / 20 - 0.3
-    entropy[0, :5] = torch.tensor([0.0, -0.0, 0.0, torch.inf, -torch.inf])
+    """Entropies of which many are the same, and a mask."""
+    entropy = (torch.rand(2, tokens // 2) * 8).round() / 4 - 0.5
+    entropy[0, :2] = torch.tensor([torch.inf, -torch.inf])
     return entropy, torch.rand(2, tokens // 2) < 0.7
 
 
@@ -34,10 +36,23 @@ def test_the_highest_are_marked(share: float, dtype: torch.dtype) -> None:
     assert high_entropy_mask(entropy, share=share).equal(expected_mask(entropy, everywhere, share))
 
 
+def test_without_ties_trl_marks_the_same() -> None:
+    trl, accelerate = pytest.importorskip("trl"), pytest.importorskip("accelerate")
+    entropy, mask = torch.rand(4, 50), torch.ones(4, 50, dtype=torch.long)
+    mask[0, 25:] = mask[3, :75] = 0
+    trainer = SimpleNamespace(accelerator=accelerate.Accelerator(cpu=True))
+    theirs = trl.GRPOTrainer.get_high_entropy_mask(trainer, entropy, mask, 1 - 0.2)
+    assert high_entropy_mask(entropy, mask, share=0.2).equal(theirs)
+
+
 def test_no_tokens() -> None:
     entropy = torch.rand(3, 4)
     assert not high_entropy_mask(entropy, torch.zeros(3, 4)).any()
     assert high_entropy_mask(torch.rand(0, 4)).shape == (0, 4)
+
+
+def test_minus_zero_is_zero() -> None:
+    assert high_entropy_mask(torch.tensor([0.0, -0.0, 0.0, -1.0]), share=0.5).tolist() == [True, True, False, False]
 
 
 def test_what_is_not_a_number_is_marked_first() -> None:
@@ -45,13 +60,19 @@ def test_what_is_not_a_number_is_marked_first() -> None:
     assert high_entropy_mask(entropy, share=0.2).tolist() == [False, True, False, False, False]
 
 
+def test_the_host_looks_at_no_value() -> None:
+    # A tensor on this device has none.
+    entropy = torch.empty(3, 4, device="meta")
+    assert high_entropy_mask(entropy, entropy).device.type == "meta"
+
+
 def test_counts_beyond_float32() -> None:
     # A float32 counts to 2^24 = 16,777,216. The bits of these floats are their places.
-    tokens = 2**24 + 99
+    tokens = 2**24 + 101
     entropy = torch.arange(tokens, dtype=torch.int32).view(torch.float32)
-    chosen = high_entropy_mask(entropy, share=1 - 3 / tokens)
-    assert chosen.nonzero()[0].item() == 3
-    assert int(chosen.sum()) == tokens - 3
+    chosen = high_entropy_mask(entropy, share=1 - 4 / tokens)
+    assert chosen.nonzero()[0].item() == 4
+    assert int(chosen.sum()) == tokens - 4
 
 
 def _on_a_rank(parts: list[tuple[Tensor, Tensor]], share: float) -> Tensor:
