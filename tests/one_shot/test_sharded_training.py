@@ -158,7 +158,10 @@ _WAYS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "fully_shard, adapters": ({"shard": True, "lora_rank": 4, "evaluation_size": 0, "steps": 3}, CPU),
     "zero2": ({}, {**ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}),
     "zero3": ({}, {**ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}),
-    "zero3, adapters": ({"lora_rank": 4, "evaluation_size": 0, "steps": 3}, {**ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}),
+    "zero3, adapters": (
+        {"lora_rank": 4, "evaluation_size": 0, "steps": 3},
+        {**ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+    ),
 }
 
 
