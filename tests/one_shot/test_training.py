@@ -287,6 +287,12 @@ def test_folder_with_a_run_needs_resume(finished: tuple[TrainConfig, Path]) -> N
         train(*finished)
 
 
+def test_a_state_is_kept_at_least_every_so_many_steps(tiny_config: TrainConfig, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="state_every is 0, expected an integer of at least 1"):
+        train(tiny_config, tmp_path / "run", state_every=0)
+    assert not (tmp_path / "run").exists()
+
+
 def test_other_settings_cannot_resume(finished: tuple[TrainConfig, Path]) -> None:
     config, output = finished
     with pytest.raises(UsageError, match=r"other settings: steps: 4, not 5; seed: 0, not 1$"):
