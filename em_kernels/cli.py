@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from em_kernels.one_shot.config import DTYPES, LOSSES, PRESETS, TRACKERS
+from em_kernels.one_shot.config import DTYPES, LOSSES, OPTIMIZERS, PRESETS, TRACKERS
 from em_kernels.one_shot.errors import UsageError
 
 
@@ -65,7 +65,14 @@ def _add_train(commands: Any) -> None:
     train.set_defaults(run=_train)
     train.add_argument("--preset", choices=PRESETS, default="demo", help="demo: two CPU cores; paper: as published")
     train.add_argument("--output", type=Path, help="run folder (default: runs/PRESET, runs/PRESET-2, ...)")
-    train.add_argument("--resume", action="store_true", help="go on after the last finished step of the run folder")
+    train.add_argument("--resume", action="store_true", help="go on after the last kept step of the run folder")
+    train.add_argument(
+        "--state-every",
+        type=int,
+        default=1,
+        metavar="N",
+        help="steps between the states that --resume goes on from (1)",
+    )
 
     what = train.add_argument_group("what is trained")
     what.add_argument("--model", help="name or folder of a Transformers causal language model")
@@ -101,6 +108,9 @@ def _add_train(commands: Any) -> None:
     how.add_argument("--dtype", choices=DTYPES, help="what the model computes in (float32)")
     how.add_argument("--loss", choices=LOSSES, help="on hidden states (linear), or on logits that are all made")
     how.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
+    how.add_argument("--optimizer", choices=OPTIMIZERS, help="adamw8bit keeps parameters in bfloat16 (adamw)")
+    how.add_argument("--lora-rank", type=int, metavar="N", help="train adapters of this rank; 0: all parameters (0)")
+    how.add_argument("--shard", action="store_true", help="spread parameters and optimiser over the processes (FSDP2)")
     how.add_argument("--report-to", choices=TRACKERS, help="tracker beside metrics.jsonl (none)")
 
 
@@ -108,6 +118,7 @@ def _train(
     preset: str,
     output: Path | None = None,
     resume: bool = False,
+    state_every: int = 1,
     prompt: Sequence[str] = (),
     prompt_file: Sequence[Path] = (),
     **settings: Any,
@@ -123,7 +134,7 @@ def _train(
     from em_kernels.one_shot.run_folder import default_run_folder
     from em_kernels.one_shot.training import train
 
-    train(config, output or default_run_folder(preset, resume=resume), resume=resume)
+    train(config, output or default_run_folder(preset, resume=resume), resume=resume, state_every=state_every)
 
 
 def _import_quietly() -> None:

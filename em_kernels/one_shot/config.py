@@ -9,6 +9,7 @@ from em_kernels.one_shot.errors import UsageError
 
 DTYPES = ("float32", "bfloat16")
 LOSSES = ("linear", "logits")
+OPTIMIZERS = ("adamw", "adamw8bit")
 TRACKERS = ("none", "tensorboard", "wandb")
 
 DEFAULT_PROMPT = (
@@ -33,11 +34,16 @@ class TrainConfig:
         max_new_tokens: the longest completion, in tokens.
         max_grad_norm: the norm that a longer gradient is scaled down to.
         seed: the seed of sampling and of the evaluation problems.
-        dtype: the dtype that the model computes in. Parameters and optimiser state are float32 either way: an update of
-            2e-5 is below bfloat16's resolution of most weights and would be lost.
+        dtype: the dtype that the model computes in. With the optimiser "adamw", trained parameters and their state are
+            float32 either way: an update of 2e-5 is below bfloat16's resolution of most weights and would be lost.
+        optimizer: "adamw", or "adamw8bit", which keeps bfloat16 parameters, rounds their updates stochastically, so
+            that none is lost on average, and keeps its state in 8 bits: 6 bytes a parameter with the gradient, not 16.
+        lora_rank: the rank of the adapters that are trained in place of the parameters; 0 trains the parameters, or
+            the adapter that the model comes with.
         loss: "linear" takes the loss on hidden states and makes the logits of a chunk of tokens at a time; "logits"
             takes the loss on logits, all made at once.
         gradient_checkpointing: whether the backward pass recomputes activations, so that they need not be kept.
+        shard: whether PyTorch's fully_shard spreads parameters, gradients and optimiser state over the processes.
         evaluation_size: the number of problems that accuracy is measured on before and after training; 0 for none.
         report_to: the tracker that gets the metrics besides metrics.jsonl, or "none".
 
@@ -57,15 +63,18 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     seed: int = 0
     dtype: str = "float32"
+    optimizer: str = "adamw"
+    lora_rank: int = 0
     loss: str = "linear"
     gradient_checkpointing: bool = False
+    shard: bool = False
     evaluation_size: int = 200
     report_to: str = "none"
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "micro_batch_size", "max_new_tokens"):
             _check_integer(name, getattr(self, name), at_least=1)
-        for name in ("seed", "evaluation_size"):
+        for name in ("seed", "evaluation_size", "lora_rank"):
             _check_integer(name, getattr(self, name), at_least=0)
         for name in ("learning_rate", "temperature", "max_grad_norm"):
             value = getattr(self, name)
@@ -73,6 +82,9 @@ class TrainConfig:
                 raise UsageError(f"{name} is {value!r}, expected a finite number above 0")
         _check_choice("dtype", self.dtype, DTYPES)
         _check_choice("loss", self.loss, LOSSES)
+        _check_choice("optimizer", self.optimizer, OPTIMIZERS)
+        if self.optimizer == "adamw8bit" and self.dtype != "bfloat16":
+            raise UsageError(f"dtype is {self.dtype!r}, expected 'bfloat16' with the optimizer adamw8bit")
         _check_choice("report_to", self.report_to, TRACKERS)
         if self.report_to != "none" and importlib.util.find_spec(self.report_to) is None:
             raise UsageError(f"report_to is {self.report_to!r}, but the package {self.report_to} is not installed")

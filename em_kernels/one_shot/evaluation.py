@@ -113,11 +113,9 @@ def evaluate(
         limits = {"max_new_tokens": max_new_tokens, "seed": seed}
         greedy = _accuracy(accelerator, policy, problems, None, **limits, description=f"{when}: greedy")
         sampled = _accuracy(accelerator, policy, problems, 1.0, **limits, description=f"{when}: temperature 1")
-    completions = []
-    if accelerator.is_main_process:
-        shown = [prompts[i % len(prompts)] for i in range(_COMPLETIONS_SHOWN)]
-        completions = _observe(policy, shown, temperature, max_new_tokens, seed, f"{when}: completions")
-    accelerator.wait_for_everyone()
+    shown = [prompts[i % len(prompts)] for i in range(_COMPLETIONS_SHOWN)]
+    # Every process samples the same completions, because a sharded model answers to all processes or to none.
+    completions = _observe(accelerator, policy, shown, temperature, max_new_tokens, seed, f"{when}: completions")
     return Evaluation(greedy, sampled, completions)
 
 
@@ -139,24 +137,33 @@ def _accuracy(
     rank, processes = accelerator.process_index, accelerator.num_processes
     own = problems[rank::processes]
     correct = 0
-    for start in range(0, len(own), _PROBLEMS_AT_ONCE):
+    # The first process has the most problems, and the others sample as often, so that a sharded model answers to all.
+    for start in range(0, len(problems[::processes]), _PROBLEMS_AT_ONCE):
         batch = own[start : start + _PROBLEMS_AT_ONCE]
+        asked = batch or problems[:1]
         rollout = policy.sample(
-            encode_chats(policy.tokenizer, [problem.question for problem in batch]),
+            encode_chats(policy.tokenizer, [problem.question for problem in asked]),
             temperature=temperature,
             max_new_tokens=max_new_tokens,
             seed=derive_seed(seed, _EVALUATION_STREAM + start, rank),
             description=f"{description}, problems {start + 1}-{start + len(batch)} of {len(own)}",
             show_progress=accelerator.is_main_process,
         )
-        correct += sum(map(is_correct, policy.texts(rollout), [problem.answer for problem in batch]))
+        texts = policy.texts(rollout)[: len(batch)]
+        correct += sum(map(is_correct, texts, [problem.answer for problem in batch]))
     total = accelerator.reduce(torch.tensor(correct, device=accelerator.device), "sum")
     return Accuracy(int(total), len(problems))
 
 
 @torch.no_grad()
 def _observe(
-    policy: Policy, prompts: list[str], temperature: float, max_new_tokens: int, seed: int, description: str
+    accelerator: Accelerator,
+    policy: Policy,
+    prompts: list[str],
+    temperature: float,
+    max_new_tokens: int,
+    seed: int,
+    description: str,
 ) -> list[Completion]:
     """A completion of each prompt, with the entropy of its tokens."""
     rollout = policy.sample(
@@ -165,6 +172,7 @@ def _observe(
         max_new_tokens=max_new_tokens,
         seed=derive_seed(seed, _EVALUATION_STREAM),
         description=description,
+        show_progress=accelerator.is_main_process,
     )
     entropy = token_entropy(policy.completion_logits(rollout), mask=rollout.completion_mask)
     completions = zip(

@@ -20,12 +20,19 @@ def whole_or_absent(target: Path) -> Iterator[Path]:
     The block writes a file or a folder at the temporary path. A file replaces an earlier one of the name; for a folder,
     the name has to be free.
     """
-    temporary = target.with_name(f"{_UNFINISHED}{os.getpid()}-{target.name}")
-    try:
+    temporary = unfinished(target, f"{os.getpid()}-")
+    with removed_on_failure(temporary):
         yield temporary
         os.replace(temporary, target)
+
+
+@contextlib.contextmanager
+def removed_on_failure(path: Path) -> Iterator[None]:
+    """Removes the file or folder at `path` if the block ends with an exception."""
+    try:
+        yield
     except BaseException:
-        _remove(temporary)
+        _remove(path)
         raise
 
 
@@ -38,6 +45,11 @@ def failing_as_os_error(target: Path) -> Iterator[None]:
         raise
     except Exception as error:
         raise OSError(f"{target} cannot be written: {str(error).partition(chr(10))[0]}") from error
+
+
+def unfinished(target: Path, writer: str = "") -> Path:
+    """A temporary path beside `target`, for one writer or, without its name, for all processes together."""
+    return target.with_name(f"{_UNFINISHED}{writer}{target.name}")
 
 
 def write_text(target: Path, text: str) -> None:

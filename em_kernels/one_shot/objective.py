@@ -4,7 +4,6 @@ With H_t the entropy of softmax(logits_t / temperature), the distribution that t
 of generated tokens in all completions of the step, on all processes, the loss is (1/N) sum_t H_t.
 """
 
-import contextlib
 import math
 
 import torch
@@ -18,6 +17,7 @@ from em_kernels.one_shot.metrics import DECIDED, StepStats
 from em_kernels.one_shot.policy import Policy
 from em_kernels.one_shot.policy.rollout import Rollout
 from em_kernels.one_shot.policy.scoring import set_scoring_mode
+from em_kernels.one_shot.sharding import micro_batch
 
 
 def accumulate_gradient(
@@ -33,7 +33,7 @@ def accumulate_gradient(
 
     Args:
         accelerator: the Accelerator that prepared the policy's model.
-        policy: the policy; the loss is taken on hidden states if the policy has a head, and on logits otherwise.
+        policy: the policy; the loss is taken inside its head, on hidden states, or on logits if it has no head.
         rollout: the completions of this process. Every process has the same number of completions.
         temperature: the temperature of the loss.
         micro_batch_size: completions per forward and backward pass.
@@ -52,9 +52,12 @@ def accumulate_gradient(
     for i, (part, count) in enumerate(
         tqdm(parts, desc="training", unit="micro-batch", leave=False, disable=not show_progress)
     ):
-        last = i == len(parts) - 1
-        with contextlib.nullcontext() if last else accelerator.no_sync(policy.prepared):
-            sums += _backward(policy, part, count, temperature, share)
+        with micro_batch(accelerator, policy.prepared, last=i == len(parts) - 1) as backward:
+            loss, *others = _loss(policy, part, count, temperature, share)
+            backward(loss)
+            sums += torch.stack([loss.detach(), *others])
+            # The logits of one micro-batch, which the loss holds, are freed before the next are made.
+            del loss
     loss, entropy, decided = accelerator.reduce(sums, "sum").tolist()
     if not math.isfinite(loss):
         raise UsageError(f"the loss is {loss}: the model has diverged, lower the learning rate")
@@ -62,28 +65,25 @@ def accumulate_gradient(
     return StepStats(loss / accelerator.num_processes, entropy / total, decided / total, total)
 
 
-def _backward(policy: Policy, part: Rollout, count: int, temperature: float, share: Tensor) -> Tensor:
-    """Runs the backward pass of one micro-batch, which has `count` generated tokens.
-
-    Returns its loss, sum of entropies and number of decided tokens.
-
-    The logits are local to the call, so that those of one micro-batch are freed before the next are made.
-    """
-    mask = part.completion_mask
-    with policy.computing():
-        if policy.head is None:
+def _loss(
+    policy: Policy, part: Rollout, count: int, temperature: float, share: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, sum of entropies and number of decided tokens of a micro-batch of `count` generated tokens."""
+    mask, head = part.completion_mask, policy.head
+    if head is None:
+        with policy.computing():
             logits = policy.completion_logits(part)
             entropy = token_entropy(logits, mask=mask)
             loss = entropy_loss(logits, mask, temperature=temperature, num_items_in_batch=share, inplace_backward=True)
-        else:
-            hidden = policy.completion_hidden(part)
-            entropy = linear_token_entropy(hidden, mask=mask, token_count=count, **policy.head.arguments(1.0))
-            loss = linear_entropy_loss(
-                hidden,
-                mask=mask,
-                token_count=count,
-                num_items_in_batch=share,
-                **policy.head.arguments(temperature),
+    else:
+        made: list[Tensor] = []
+
+        def loss_of(hidden: Tensor) -> Tensor:
+            made.append(linear_token_entropy(hidden, mask=mask, token_count=count, **head.arguments(1.0)))
+            return linear_entropy_loss(
+                hidden, mask=mask, token_count=count, num_items_in_batch=share, **head.arguments(temperature)
             )
-    loss.backward()
-    return torch.stack([loss.detach(), entropy.sum(), ((entropy < DECIDED) & mask).sum()])
+
+        loss = policy.inside_head(part, loss_of)
+        entropy = made[0]
+    return loss, entropy.sum(), ((entropy < DECIDED) & mask).sum()

@@ -3,7 +3,7 @@
 config.json        the settings, versions and device
 metrics.jsonl      one line per optimiser step
 before.json        accuracy and completions of the model before training
-state.pt           parameters and optimiser of the last finished step; removed once the run is finished
+state-N/           parameters and optimiser after step N, the last that was kept; removed once the run is finished
 after.json         accuracy and completions of the trained model
 completions.txt    the completions, before and after, to read
 report.png         the loss, and a completion before and after, coloured by entropy
@@ -13,25 +13,25 @@ checkpoint/        the trained model and its tokenizer, for from_pretrained; wri
 import dataclasses
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from em_kernels.one_shot.config import TrainConfig
 from em_kernels.one_shot.errors import UsageError
-from em_kernels.one_shot.files import failing_as_os_error, remove_unfinished, whole_or_absent, write_text
+from em_kernels.one_shot.files import remove_unfinished, unfinished, write_text
 from em_kernels.one_shot.policy.model import save_model
 
 
 class RunFolder:
-    """The files of one run. Every process may read them; only the main process may write."""
+    """The files of one run. Every process may read them; but for states, only the main process may write."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = path / "config.json"
         self.metrics = path / "metrics.jsonl"
-        self.state = path / "state.pt"
         self.completions = path / "completions.txt"
         self.picture = path / "report.png"
         self.checkpoint = path / "checkpoint"
@@ -53,7 +53,7 @@ class RunFolder:
             values = {"config": dataclasses.asdict(config), **surroundings}
             write_text(self.config, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
         if self.checkpoint.exists():
-            self.state.unlink(missing_ok=True)
+            self._remove_states()
         else:
             lines = self._metrics_lines()[: self.finished_steps()]
             write_text(self.metrics, "".join(f"{line}\n" for line in lines))
@@ -77,16 +77,26 @@ class RunFolder:
             raise UsageError(f"the run in {self.path} has other settings: {'; '.join(differences)}")
 
     def finished_steps(self) -> int:
-        # Memory-mapping reads the step alone, and not the gigabytes of parameters beside it.
-        return self.read_state(mmap=True)["step"] if self.state.exists() else 0
+        """The last step whose state was kept, 0 if there is none."""
+        return max((int(folder.name.removeprefix("state-")) for folder in self.path.glob("state-*")), default=0)
 
-    def read_state(self, *, mmap: bool = False) -> dict[str, Any]:
-        return torch.load(self.state, map_location="cpu", mmap=mmap, weights_only=True)
+    def state(self, step: int) -> Path:
+        """The folder with the state after a step, which needs no random generators: (seed, step, rank) seeds each."""
+        return self.path / f"state-{step}"
 
-    def write_state(self, **state: Any) -> None:
-        """Replaces the state, which needs no random generators: each step seeds them from (seed, step, rank)."""
-        with whole_or_absent(self.state) as temporary, failing_as_os_error(self.state):
-            torch.save(state, temporary)
+    def unfinished_state(self, step: int) -> Path:
+        """The folder in which all processes write the state, until the main process calls `keep_state`."""
+        return unfinished(self.state(step))
+
+    def keep_state(self, step: int) -> None:
+        """Puts the state that has been written in the place of the one before."""
+        os.replace(self.unfinished_state(step), self.state(step))
+        self._remove_states(but=step)
+
+    def _remove_states(self, but: int | None = None) -> None:
+        for folder in self.path.glob("state-*"):
+            if but is None or folder != self.state(but):
+                shutil.rmtree(folder)
 
     def append_metrics(self, values: dict[str, Any]) -> None:
         # The whole file is written anew, because an append to a full disk can leave half a line.
@@ -105,9 +115,9 @@ class RunFolder:
         path = self.path / f"{when}.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
-    def write_checkpoint(self, model: Any, tokenizer: Any) -> None:
-        save_model(model, tokenizer, self.checkpoint)
-        self.state.unlink(missing_ok=True)
+    def write_checkpoint(self, model: Any, tokenizer: Any, state: dict[str, Tensor] | None = None) -> None:
+        save_model(model, tokenizer, self.checkpoint, state)
+        self._remove_states()
 
 
 def default_run_folder(name: str, *, resume: bool) -> Path:

@@ -2,11 +2,11 @@
 
 import dataclasses
 import math
-import os
 import platform
 import resource
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,19 @@ import accelerate
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from torch import Tensor
 
 import em_kernels
 from em_kernels.models.head import OutputHead, find_head
+from em_kernels.one_shot import sharding
 from em_kernels.one_shot.config import TrainConfig
 from em_kernels.one_shot.errors import UsageError
 from em_kernels.one_shot.evaluation import Evaluation, evaluate
+from em_kernels.one_shot.files import failing_as_os_error, removed_on_failure
 from em_kernels.one_shot.objective import accumulate_gradient
+from em_kernels.one_shot.optimizer import make_optimizer
 from em_kernels.one_shot.policy import Policy
+from em_kernels.one_shot.policy.adapter import add_adapter, has_adapter, hold_frozen_in
 from em_kernels.one_shot.policy.chat import encode_chats
 from em_kernels.one_shot.policy.model import BUILT_IN, checkpoint_activations, load_model
 from em_kernels.one_shot.policy.rollout import Rollout
@@ -30,10 +34,8 @@ from em_kernels.one_shot.policy.sampling import check_context, derive_seed
 from em_kernels.one_shot.report import accuracy_line, collapse_line, draw_report, step_line, write_completions
 from em_kernels.one_shot.run_folder import RunFolder
 
-_SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
-
-def train(config: TrainConfig, output: str | Path, *, resume: bool = False) -> None:
+def train(config: TrainConfig, output: str | Path, *, resume: bool = False, state_every: int = 1) -> None:
     """Trains a model by one-shot entropy minimisation and leaves the run in a folder, described in `run_folder`.
 
     Under `accelerate launch`, every process calls this function. A run may be interrupted at any moment. If it is
@@ -43,19 +45,16 @@ def train(config: TrainConfig, output: str | Path, *, resume: bool = False) -> N
     Args:
         config: the settings.
         output: the run folder, which has to be new or empty unless `resume` is true.
-        resume: whether to go on after the last finished step of the run in `output`, if there is one.
+        resume: whether to go on after the last step of the run in `output` whose state was kept, if there is one.
+        state_every: the number of steps after which the state is written anew.
 
     Raises:
         UsageError: a setting, a file or the machine does not allow the run; the message says what would work.
         OSError: a file cannot be written. No half-written file is left under its final name.
     """
-    accelerator = Accelerator(
-        # The policy sets the precision that the model computes in; Accelerate's would copy the logits to float32.
-        mixed_precision="no",
-        log_with=None if config.report_to == "none" else config.report_to,
-        project_dir=str(output),
-    )
-    _check_launch(accelerator)
+    if state_every < 1:
+        raise UsageError(f"state_every is {state_every}, expected an integer of at least 1")
+    accelerator = sharding.start(config, Path(output))
     if config.batch_size % accelerator.num_processes:
         raise UsageError(
             f"batch_size is {config.batch_size}, expected a multiple of the number of processes, "
@@ -72,64 +71,62 @@ def train(config: TrainConfig, output: str | Path, *, resume: bool = False) -> N
     with accelerator.main_process_first():
         model, tokenizer = load_model(config.model, trust_remote_code=config.trust_remote_code)
     check_context(model, encode_chats(tokenizer, list(config.prompts)), config.max_new_tokens)
+    if config.lora_rank:
+        # Adapters start at random, on every process and after an interruption the same.
+        torch.manual_seed(config.seed)
+        add_adapter(model, config.lora_rank)
     if config.gradient_checkpointing:
         checkpoint_activations(model)
-    # The fused optimiser updates each parameter in one pass over memory.
-    prepared, optimizer = accelerator.prepare(
-        model, torch.optim.AdamW(model.parameters(), lr=config.learning_rate, fused=True)
-    )
-    model = accelerator.unwrap_model(prepared)
-    head = _head(model) if config.loss == "linear" else None
-    policy = Policy(model, tokenizer, head, config.dtype, prepared=prepared)
-    accelerator.print(_headline(accelerator, policy, config, run))
+    # The head is checked while the model is whole.
+    head = _head_of(model) if config.loss == "linear" else None
+    if config.optimizer == "adamw8bit":
+        model.to(torch.bfloat16)
+    elif config.dtype == "bfloat16":
+        hold_frozen_in(model, torch.bfloat16)
+    parameters = _count(model)
+    prepared, optimizer = sharding.prepare(accelerator, model, partial(make_optimizer, config=config), config)
+    policy = Policy(accelerator.unwrap_model(prepared), tokenizer, head, config.dtype, prepared=prepared)
+    accelerator.print(_headline(accelerator, parameters, config, run))
     if config.report_to != "none":
         accelerator.init_trackers("em_kernels", {k: str(v) for k, v in dataclasses.asdict(config).items()})
 
-    first_step = 1 + _restore(run, model, optimizer)
-    if first_step > 1:
-        accelerator.print(f"Resuming after step {first_step - 1}")
+    finished = run.finished_steps()
+    if finished:
+        sharding.restore_state(accelerator, prepared, optimizer, run.state(finished))
+        accelerator.print(f"Resuming after step {finished}")
     _evaluate_once(accelerator, policy, config, run, "before")
-    for step in range(first_step, config.steps + 1):
+    for step in range(finished + 1, config.steps + 1):
         metrics = _step(accelerator, policy, optimizer, config, step)
         if accelerator.is_main_process:
             run.append_metrics(metrics)
-            run.write_state(step=step, model=model.state_dict(), optimizer=optimizer.state_dict())
-            print(step_line(metrics, config.steps), flush=True)
+        if step % state_every == 0 or step == config.steps:
+            _keep_state(accelerator, prepared, optimizer, run, step)
+        accelerator.print(step_line(metrics, config.steps), flush=True)
         accelerator.log({key: value for key, value in metrics.items() if key != "step"}, step=step)
     _evaluate_once(accelerator, policy, config, run, "after")
+    state = sharding.whole_state(policy.model, trained_alone=has_adapter(policy.model))
     if accelerator.is_main_process:
-        _finish(policy, config, run)
+        _finish(policy, config, run, state)
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
 
-def _head(model: Any) -> OutputHead:
+def _head_of(model: Any) -> OutputHead:
     try:
         return find_head(model)
     except ValueError as error:
         raise UsageError(f"{error}; --loss logits works with any model") from error
 
 
-def _check_launch(accelerator: Accelerator) -> None:
-    if accelerator.distributed_type in _SHARDED:
-        raise UsageError(f"launched with {accelerator.distributed_type.value}; expected plain data parallelism")
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    if launched != accelerator.num_processes:
-        # Without a GPU, Accelerate takes each process for a run of its own, and all the runs would write to one folder.
-        raise UsageError(
-            f"launched as {launched} processes of which Accelerate sees {accelerator.num_processes}; "
-            "on a machine without GPUs, set ACCELERATE_USE_CPU=true"
-        )
-
-
-def _restore(run: RunFolder, model: Any, optimizer: Any) -> int:
-    """Puts the parameters and the optimiser state of the last finished step in place, and returns the step's number."""
-    if not run.state.exists():
-        return 0
-    state = run.read_state()
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"]
+def _keep_state(accelerator: Accelerator, prepared: Any, optimizer: Any, run: RunFolder, step: int) -> None:
+    """Writes the state after the step, each process its part, and drops the state before."""
+    folder = run.unfinished_state(step)
+    with removed_on_failure(folder):
+        with failing_as_os_error(folder):
+            sharding.save_state(accelerator, prepared, optimizer, folder)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            run.keep_state(step)
 
 
 def _step(accelerator: Accelerator, policy: Policy, optimizer: Any, config: TrainConfig, step: int) -> dict[str, Any]:
@@ -149,10 +146,9 @@ def _step(accelerator: Accelerator, policy: Policy, optimizer: Any, config: Trai
         micro_batch_size=config.micro_batch_size,
         show_progress=accelerator.is_main_process,
     )
-    gradient_norm = float(accelerator.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm))
+    gradient_norm = sharding.take_step(accelerator, policy.prepared, optimizer, config.max_grad_norm)
     if not math.isfinite(gradient_norm):
         raise UsageError(f"the gradient's norm is {gradient_norm}: the model has diverged, lower the learning rate")
-    optimizer.step()
     return {
         "step": step,
         **dataclasses.asdict(stats),
@@ -198,7 +194,7 @@ def _evaluate_once(accelerator: Accelerator, policy: Policy, config: TrainConfig
                 print(accuracy_line(when, evaluation), flush=True)
 
 
-def _finish(policy: Policy, config: TrainConfig, run: RunFolder) -> None:
+def _finish(policy: Policy, config: TrainConfig, run: RunFolder, state: dict[str, Tensor] | None) -> None:
     """Writes the completions, the picture and the checkpoint, and says where they are."""
     metrics = run.read_metrics()
     before, after = (Evaluation.from_json(run.read_evaluation(when) or {}) for when in ("before", "after"))
@@ -207,16 +203,22 @@ def _finish(policy: Policy, config: TrainConfig, run: RunFolder) -> None:
         print(collapse)
     write_completions(run.completions, before, after)
     draw_report(run.picture, metrics, before, after, temperature=config.temperature)
-    run.write_checkpoint(policy.model, policy.tokenizer)
+    run.write_checkpoint(policy.model, policy.tokenizer, state)
     print(f"Completions: {run.completions}\nPicture:     {run.picture}\nModel:       {run.checkpoint}")
 
 
-def _headline(accelerator: Accelerator, policy: Policy, config: TrainConfig, run: RunFolder) -> str:
+def _count(model: Any) -> str:
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    everything, trained = sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
+    return f"{everything:,} parameters" + ("" if trained == everything else f", {trained:,} of them trained")
+
+
+def _headline(accelerator: Accelerator, parameters: str, config: TrainConfig, run: RunFolder) -> str:
     prompts = "1 prompt" if len(config.prompts) == 1 else f"{len(config.prompts)} prompts"
     processes = "" if accelerator.num_processes == 1 else f" x {accelerator.num_processes} processes"
     return (
-        f"{config.model or BUILT_IN}, {sum(p.numel() for p in policy.model.parameters()):,} parameters, "
-        f"{config.dtype} on {accelerator.device}{processes}; run folder {run.path}\n"
+        f"{config.model or BUILT_IN}, {parameters}, {config.dtype} on {accelerator.device}{processes}; "
+        f"run folder {run.path}\n"
         f"{config.steps} steps on {prompts}: {config.batch_size} completions of up to {config.max_new_tokens} tokens, "
         f"temperature {config.temperature:g}, learning rate {config.learning_rate:g}"
     )

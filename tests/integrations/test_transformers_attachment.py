@@ -1,4 +1,6 @@
 import copy
+import importlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -130,6 +132,15 @@ def test_bad_calls() -> None:
         model(**batch, return_dict=False)
     with pytest.raises(TypeError, match="called with 1 positional arguments, expected names for all"):
         model(batch["input_ids"])
+
+
+def test_without_transformers_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    package = "em_kernels.integrations.transformers"
+    for name in [name for name in sys.modules if name.startswith(package)]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r"needs transformers: pip install 'em-kernels\[one-shot\]'"):
+        importlib.import_module(package)
 
 
 def test_gradient_checkpointing_and_autocast() -> None:

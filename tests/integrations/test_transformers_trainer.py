@@ -197,6 +197,11 @@ def test_bad_calls(rows: list[dict[str, Tensor]], tmp_path: Path, monkeypatch: p
         loss(output, labels)
     with pytest.raises(ValueError, match="expected no other loss"):
         EntropyTrainer(model, _settings(tmp_path), compute_loss_func=loss)
+    trainer = EntropyTrainer(model, _settings(tmp_path), train_dataset=rows)
+    attach(model)
+    for call in (trainer.train, lambda: EntropyTrainer(model, _settings(tmp_path))):
+        with pytest.raises(RuntimeError, match="MixtralForCausalLM is attached already"):
+            call()
     monkeypatch.setattr(labels_module.transformers, "__version__", "4.56.2")
     for create in (EntropyLoss, lambda: EntropyTrainer(model, _settings(tmp_path))):
         with pytest.raises(RuntimeError, match=r"transformers is 4\.56\.2, expected at least 5\.23"):

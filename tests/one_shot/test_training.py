@@ -216,13 +216,15 @@ def second(*arguments, **named):
 training.accumulate_gradient = second
 """,
     "writing the third state": """
-save = torch.save
-def half(state, path):
-    save(state, path)
-    if state["step"] == 3:
+from em_kernels.one_shot import sharding
+save = sharding.save_state
+def half(accelerator, prepared, optimizer, folder):
+    save(accelerator, prepared, optimizer, folder)
+    if folder.name.endswith("state-3"):
+        [path] = folder.glob("*.distcp")
         os.truncate(path, os.path.getsize(path) // 2)
         die()
-torch.save = half
+sharding.save_state = half
 """,
     "writing the checkpoint": """
 from transformers import PreTrainedTokenizerBase
@@ -252,7 +254,7 @@ def test_interrupted_run_resumes_to_the_same_parameters(
     config, expected = finished
     output = tmp_path / "run"
     with monkeypatch.context() as patched:
-        patched.setattr(RunFolder, "write_state", _raise_keyboard_interrupt)
+        patched.setattr(RunFolder, "keep_state", _raise_keyboard_interrupt)
         with pytest.raises(KeyboardInterrupt):
             train(config, output)
     assert _names(output) == ["before.json", "config.json", "metrics.jsonl"]
@@ -269,7 +271,7 @@ def test_resuming_a_finished_run_changes_nothing(
 ) -> None:
     config, output = finished
     times = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
-    (output / "state.pt").touch()  # A run killed after the checkpoint's rename leaves this file.
+    (output / "state-4").mkdir()  # A run killed after the checkpoint's rename leaves this folder.
     train(config, output, resume=True)
     assert "is finished" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == times
@@ -283,6 +285,12 @@ def test_resuming_nothing_starts(tiny_config: TrainConfig, tmp_path: Path) -> No
 def test_folder_with_a_run_needs_resume(finished: tuple[TrainConfig, Path]) -> None:
     with pytest.raises(UsageError, match="is not empty; --resume continues the run in it"):
         train(*finished)
+
+
+def test_a_state_is_kept_at_least_every_so_many_steps(tiny_config: TrainConfig, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="state_every is 0, expected an integer of at least 1"):
+        train(tiny_config, tmp_path / "run", state_every=0)
+    assert not (tmp_path / "run").exists()
 
 
 def test_other_settings_cannot_resume(finished: tuple[TrainConfig, Path]) -> None:
@@ -321,7 +329,7 @@ def test_diverged_gradient_is_not_stepped(
     monkeypatch.setattr("em_kernels.one_shot.training.load_model", load_with_infinite_gradient)
     with pytest.raises(UsageError, match=r"the gradient's norm is (nan|inf): the model has diverged"):
         train(dataclasses.replace(tiny_config, evaluation_size=0), tmp_path / "run")
-    assert not (tmp_path / "run" / "state.pt").exists()
+    assert not list((tmp_path / "run").glob("state-*"))
 
 
 def test_folder_of_something_else_cannot_resume(tiny_config: TrainConfig, tmp_path: Path) -> None:

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from em_kernels.one_shot.errors import UsageError
 from em_kernels.one_shot.files import failing_as_os_error, whole_or_absent
+from em_kernels.one_shot.policy import adapter
 
 BUILT_IN = "SmolLM2-135M-Instruct"
 # The package ships the model as one GGUF file. Only the file is read; the package itself is never imported.
@@ -24,8 +26,9 @@ def load_model(name: str | None, *, trust_remote_code: bool = False) -> tuple[An
     """Loads a causal language model, with float32 parameters, and its tokenizer.
 
     Args:
-        name: the name or the folder of a model that Transformers loads, with weights as safetensors. None is the
-            built-in SmolLM2-135M-Instruct, which is converted on first use and kept in the user's cache folder.
+        name: the name or the folder of a model that Transformers loads, with weights as safetensors, or of an adapter
+            that PEFT has saved, which is loaded trainable in a frozen model. None is the built-in
+            SmolLM2-135M-Instruct, which is converted on first use and kept in the user's cache folder.
         trust_remote_code: whether the model's repository may run code of its own.
 
     Returns:
@@ -35,28 +38,40 @@ def load_model(name: str | None, *, trust_remote_code: bool = False) -> tuple[An
         UsageError: there is no such model, or the model cannot be loaded.
     """
     source = built_in_model() if name is None else name
+    of_adapter = adapter.is_adapter(Path(source))
+    if of_adapter:
+        adapter.check_peft(f"the adapter {source}")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        tokens_of = adapter.tokenizer_source(Path(source)) if of_adapter else source
+        tokenizer = AutoTokenizer.from_pretrained(tokens_of, trust_remote_code=trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(
             source, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UsageError(f"model {str(source)!r} cannot be loaded: {reason}") from error
+    if adapter.has_adapter(model):
+        adapter.train_adapter(model)
     if tokenizer.pad_token is None:
         # Any token will do as padding, because no mask is ever derived from the padding token.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return model, tokenizer
 
 
-def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
+def save_model(model: Any, tokenizer: Any, folder: Path, state: dict[str, Tensor] | None = None) -> None:
     """Writes a folder that `load_model` reads. The folder appears whole or not at all.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        folder: the folder to write.
+        state: the model's state dict; None takes the model's own, which a sharded model has only parts of.
 
     Raises:
         OSError: the folder cannot be written.
     """
     with whole_or_absent(folder) as temporary, failing_as_os_error(folder):
-        model.save_pretrained(temporary)
+        model.save_pretrained(temporary, state_dict=state)
         tokenizer.save_pretrained(temporary)
 
 

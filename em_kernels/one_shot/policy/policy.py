@@ -1,6 +1,7 @@
 """The policy, which draws completions of chats and gives the distribution that each generated token was drawn from."""
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from em_kernels.one_shot.policy.sampling import (
     token_bar,
 )
 from em_kernels.one_shot.policy.scoring import scoring_inputs
+from em_kernels.one_shot.sharding import is_sharded
 
 
 class Policy:
@@ -25,7 +27,7 @@ class Policy:
     Args:
         model: a Transformers causal language model.
         tokenizer: the model's tokenizer.
-        head: the model's output projection, for `completion_hidden`; None where only logits are asked for.
+        head: the model's output projection, for `inside_head`; None where only logits are asked for.
         dtype: the dtype that the model computes in, "float32" or "bfloat16".
         prepared: the model as Accelerate has prepared it, wrapped where several processes train together; None where
             nothing wraps the model.
@@ -93,6 +95,8 @@ class Policy:
                 attention_mask=attended,
                 max_new_tokens=max_new_tokens,
                 use_cache=True,
+                # The steps of a sharded model gather parameters, so every process takes as many as the slowest.
+                synced_gpus=is_sharded(self.model),
                 stopping_criteria=bar,
                 **how,
             )
@@ -112,6 +116,39 @@ class Policy:
         They are the model's logits at the position before the token. Those of padding are included and mean nothing.
         """
         return self._forward(rollout).logits[:, -rollout.completion_mask.shape[1] :]
+
+    def inside_head(self, rollout: Rollout, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """The scalar that `function` makes of the hidden states that the head would make `completion_logits` of.
+
+        The function runs inside the head's forward, where the head's weight is whole however the model is sharded.
+
+        Args:
+            rollout: the completions to score.
+            function: takes hidden states (batch, completion, D) and returns a scalar.
+
+        Raises:
+            ValueError: the policy has no head.
+        """
+        if self.head is None:
+            raise ValueError("the policy has no head, expected the OutputHead whose input is asked for")
+        made: list[Tensor] = []
+
+        def in_place_of_logits(hidden: Tensor) -> Tensor:
+            scalar = function(hidden[:, -rollout.completion_mask.shape[1] :])
+            # In as many dimensions as logits, it passes through what the model does to its logits. A view would not do:
+            # FSDP2 warns of it.
+            return scalar.reshape(1, 1, 1).clone()
+
+        with self.head.replaced(in_place_of_logits):
+            # The hook is the module's last one, so it sees what the wrappers' own hooks have made of the scalar.
+            hook = self.head.module.register_forward_hook(lambda module, inputs, output: made.append(output))
+            try:
+                output = self._forward(rollout).logits
+            finally:
+                hook.remove()
+        # The model may have scaled or capped the scalar as it does its logits. What it made of the scalar counts for
+        # nothing, but the wrappers learn from the model's output that a backward pass begins.
+        return (made[0] + 0 * output).reshape(())
 
     def completion_hidden(self, rollout: Rollout) -> Tensor:
         """The hidden states that the head would make `completion_logits` of: (batch, completion, D).
