@@ -36,6 +36,9 @@ for name, processors in (
         **inputs,
         logits_processor=LogitsProcessorList(processors),
         do_sample=True,
+        # The model's own settings would change the scores after the processors.
+        temperature=1.0,
+        repetition_penalty=1.0,
         top_k=0,
         top_p=1.0,
         max_new_tokens=args.max_new_tokens,

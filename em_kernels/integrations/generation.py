@@ -23,7 +23,7 @@ except ImportError as error:
 
 # Those of torch.optim.Adam.
 _BETAS, _EPSILON = (0.9, 0.999), 1e-8
-# A range of temperatures of 1 to 100,000 is then cut to a relative width of 7e-7.
+# As many halvings narrow the default range of temperatures, a factor of 100,000, to a factor of 1 + 7e-7.
 _HALVINGS = 24
 
 
@@ -82,11 +82,12 @@ class EntropyMinimizationProcessor(LogitsProcessor):
 
 
 class TargetEntropyProcessor(LogitsProcessor):
-    """Divides each row of logits z by the temperature at which it has a wanted entropy, found by bisection.
+    """Divides each row of logits by the temperature at which it has a wanted entropy, found by bisection.
 
+    A row is (z - max z) / tau afterwards: without the maximum, large logits of a 16-bit dtype would overflow.
     H(softmax(z / tau)) grows with tau, from the logarithm of the number of largest logits to that of the number of
     finite ones. Where the wanted entropy would take a temperature outside [lowest, highest], the row gets the nearer of
-    the two. highest=1 thus only cools: rows whose entropy is below the wanted one stay as they are.
+    the two. highest=1 thus only cools: rows whose entropy is below the wanted one keep it.
 
     Args:
         entropy: the wanted entropy in nats, above 0.
@@ -104,20 +105,23 @@ class TargetEntropyProcessor(LogitsProcessor):
             raise ValueError(f"lowest is {lowest} and highest {highest}, expected lowest below highest")
 
     def __call__(self, input_ids: Any, scores: Tensor) -> Tensor:
-        """The logits over their temperatures, in a new tensor.
+        """The logits, less the largest of their row, over their temperatures, in a new tensor.
 
         Args:
             input_ids: not looked at.
             scores: (..., V), the logits.
         """
+        # The maximum of a row without finite logits is -inf, and -inf - -inf would be NaN.
+        largest = scores.amax(-1, keepdim=True)
+        shifted = scores - torch.where(largest.isfinite(), largest, 0.0)
         # Halving the logarithm's range gives low and high temperatures the same relative accuracy.
         low = torch.full(scores.shape[:-1], math.log(self.lowest), dtype=torch.float32, device=scores.device)
         high = torch.full_like(low, math.log(self.highest))
         for _ in range(_HALVINGS):
             middle = (low + high) / 2
-            above = token_entropy(scores, temperature=middle.exp()) > self.entropy
+            above = token_entropy(shifted, temperature=middle.exp()) > self.entropy
             low, high = torch.where(above, low, middle), torch.where(above, middle, high)
-        return (scores / high.exp().unsqueeze(-1)).to(scores.dtype)
+        return (shifted / high.exp().unsqueeze(-1)).to(scores.dtype)
 
 
 def _entropy_and_gradient(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,7 +13,7 @@ from torch import distributed as dist
 
 from em_kernels.arguments.checks import as_float
 
-# The bits of no number, below those of every number.
+# The key of a masked token, below the key of every number.
 _MASKED = -(2**31)
 
 
@@ -59,7 +59,7 @@ def high_entropy_mask(
 
     tokens = count(keys != _MASKED)
     wanted = (tokens.double() * share).round().long().clamp(min=1).minimum(tokens)
-    # The largest threshold that at least that many reach, from its highest bit to its lowest.
+    # The largest key that at least `wanted` tokens reach is built bit by bit, from the highest to the lowest.
     threshold = torch.full_like(tokens, _MASKED)
     for bit in reversed(range(32)):
         higher = threshold + (1 << bit)

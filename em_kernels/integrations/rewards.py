@@ -38,20 +38,30 @@ class _Reward:
         self.temperature = temperature
         self.batch_size = batch_size
         self.chat_template_kwargs = chat_template_kwargs or {}
-        # Checked once, on a whole model: a trainer may shard it.
         self.head = find_head(model)
 
     @torch.no_grad()
-    def __call__(self, prompts: Sequence[Any], completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float | None]:
+    def __call__(
+        self, prompts: Sequence[Any], completion_ids: Sequence[Sequence[int]], **others: Any
+    ) -> list[float | None]:
         """The reward of each completion, as GRPOTrainer asks for it.
 
         Args:
             prompts: texts or lists of messages.
             completion_ids: the tokens of each completion.
+            others: what else GRPOTrainer passes. Of these, tools, environments and completions are looked at.
 
         Returns:
             A number for each completion, None for one that has no tokens.
+
+        Raises:
+            ValueError: tools take part, whose results are tokens that the model did not generate; or an adapter
+                changes the output projection.
         """
+        _check_no_tools(others)
+        # A trainer may have put an adapter on the output projection, or a copy in its place.
+        if self.model.get_output_embeddings() is not self.head.module:
+            self.head = find_head(self.model)
         contexts = self._encoded(prompts)
         rewards: list[float | None] = []
         for start in range(0, len(prompts), self.batch_size):
@@ -128,6 +138,15 @@ class SelfCertaintyReward(_Reward):
         stats = linear_token_stats(hidden, mask=scored, token_count=count, extra=("mean_logprob",), **head)
         assert stats.mean_logprob is not None
         return torch.where(scored, -math.log(len(head["weight"])) - stats.mean_logprob, 0.0)
+
+
+def _check_no_tools(others: dict[str, Any]) -> None:
+    turns = [turn for turns in others.get("completions") or () if isinstance(turns, list) for turn in turns]
+    called = any(turn.get("role") == "tool" or turn.get("tool_calls") for turn in turns)
+    given = [name for name in ("tools", "environments") if any(others.get(name) or ())]
+    if called or given:
+        found = "completions with calls of tools" if called else " and ".join(given)
+        raise ValueError(f"the reward was given {found}, expected prompts and completions without tools")
 
 
 @contextlib.contextmanager

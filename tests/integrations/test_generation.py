@@ -85,8 +85,8 @@ def test_the_temperature_gives_the_wanted_entropy(entropy: float) -> None:
     logits = drawn_logits()
     result = TargetEntropyProcessor(entropy)(NO_TOKENS, logits)
     torch.testing.assert_close(token_entropy(result), torch.full((6,), entropy), rtol=1e-4, atol=0)
-    temperature = logits / result
-    finite = logits > -torch.inf
+    temperature = (logits - logits.amax(-1, keepdim=True)) / result
+    finite = (logits > -torch.inf) & (result < 0)
     for row, kept in zip(temperature, finite, strict=True):
         torch.testing.assert_close(row[kept], row[kept][:1].expand(int(kept.sum())), rtol=1e-5, atol=0)
 
@@ -97,10 +97,20 @@ def test_a_temperature_outside_the_range_is_its_end() -> None:
     cooled = TargetEntropyProcessor(2.0, highest=1.0)(NO_TOKENS, logits)
     assert (before < 2.0).any()
     assert (before > 2.0).any()
-    assert cooled[before < 2.0].equal(logits[before < 2.0])
+    shifted = logits - logits.amax(-1, keepdim=True)
+    assert cooled[before < 2.0].equal(shifted[before < 2.0])
     torch.testing.assert_close(token_entropy(cooled).clamp(min=2.0), torch.full((6,), 2.0), rtol=1e-4, atol=0)
     coldest = TargetEntropyProcessor(1e-6, lowest=0.5)(NO_TOKENS, logits)
-    torch.testing.assert_close(coldest, logits / 0.5, rtol=1e-5, atol=0)
+    torch.testing.assert_close(coldest, shifted / 0.5, rtol=1e-5, atol=0)
+
+
+def test_large_logits_of_half_precision_stay_finite() -> None:
+    logits = torch.tensor([[900.0, 900.0, 1.0], [900.0, -torch.inf, 899.0]], dtype=torch.float16)
+    result = TargetEntropyProcessor(0.01)(NO_TOKENS, logits)
+    # Two equal logits have an entropy of log 2 at any temperature.
+    assert result[0].tolist()[:2] == [0.0, 0.0]
+    assert result[1, 1] == -torch.inf
+    torch.testing.assert_close(token_entropy(result[1].float()), torch.tensor(0.01), rtol=1e-2, atol=0)
 
 
 PROCESSORS = [EntropyMinimizationProcessor(steps=3, threshold=0.0), TargetEntropyProcessor(0.5)]

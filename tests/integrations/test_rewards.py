@@ -96,6 +96,24 @@ def test_the_model_is_as_before_whatever_happens(tiny: tuple[Any, Any]) -> None:
     assert model(tokens).logits.shape == (1, 3, 257)
 
 
+@pytest.mark.parametrize(
+    "others",
+    [{"tools": [["add"]]}, {"environments": [object()]}, {"completions": [[{"role": "tool", "content": "2"}]]}],
+)
+def test_tools_are_refused(tiny: tuple[Any, Any], others: dict[str, Any]) -> None:
+    function = NegativeEntropyReward(*tiny)
+    with pytest.raises(ValueError, match="expected prompts and completions without tools"):
+        function(prompts=MESSAGES[:1], completion_ids=COMPLETIONS[:1], **others)
+
+
+def test_an_adapter_that_is_put_on_the_head_later_is_refused(tiny: tuple[Any, Any]) -> None:
+    peft = pytest.importorskip("peft")
+    function = NegativeEntropyReward(*tiny)
+    peft.get_peft_model(tiny[0], peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
+    with pytest.raises(ValueError, match="that no adapter changes"):
+        function(prompts=MESSAGES, completion_ids=COMPLETIONS)
+
+
 def test_a_batch_size_is_at_least_one(tiny: tuple[Any, Any]) -> None:
     with pytest.raises(ValueError, match="batch_size is 0"):
         NegativeEntropyReward(*tiny, batch_size=0)

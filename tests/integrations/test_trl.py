@@ -249,6 +249,36 @@ def test_the_term_adds_the_gradient_of_the_mean_entropy(kind, statistics, steps_
         torch.testing.assert_close(found[name] - without[name], gradient, atol=2e-5 * scale, rtol=0, msg=name)
 
 
+@pytest.mark.parametrize("given", ["tool_mask", None])
+def test_what_a_tool_has_written_does_not_count(given, model_folder, tmp_path):
+    trainer = trainer_of("grpo", model_folder, tmp_path, max_steps=1)
+    add_entropy_term(trainer, lambda _: 1.0)
+    compute_loss, seen = trainer.compute_loss, []
+
+    def with_tool(model, inputs, **kwargs):
+        # Every second token of a completion stands for a tool's.
+        written = torch.ones_like(inputs["completion_mask"])
+        written[:, 1::2] = 0
+        loss = compute_loss(model, inputs | ({} if given is None else {given: written}), **kwargs)
+        entropy, kept = entropies_of(model.eval(), inputs)
+        model.train()
+        kept = kept if given is None else kept * written
+        seen.append(((entropy * kept).sum().item(), kept.sum().item()))
+        return loss
+
+    trainer.compute_loss = with_tool
+    trainer.train()
+    (logged,) = [e["entropy_term/entropy"] for e in trainer.state.log_history if "entropy_term/entropy" in e]
+    assert logged == pytest.approx(sum(total for total, _ in seen) / sum(count for _, count in seen), rel=1e-5)
+
+
+def test_a_quantile_of_the_tokens_is_refused(model_folder, tmp_path):
+    trainer = trainer_of("grpo", model_folder, tmp_path, top_entropy_quantile=0.5)
+    with pytest.raises(ValueError, match=r"top_entropy_quantile is 0\.5, expected 1\.0"):
+        add_entropy_term(trainer, 0.1)
+    assert "compute_loss" not in trainer.__dict__
+
+
 def test_a_schedule_is_a_function_of_the_finished_steps_and_is_logged(model_folder, tmp_path):
     trainer = trainer_of("sft", model_folder, tmp_path, max_steps=3)
     remove = add_entropy_term(trainer, lambda step: 0.1 * step)

@@ -5,12 +5,15 @@ the entropy, as "One-shot Entropy Minimization" does beside other objectives (ar
 one is a bonus. H is that of the forward pass which the trainer's own loss is made of, at the trainer's temperature: no
 pass is added. The loss of an evaluation stays the trainer's own.
 
-The divisor is that of the trainer's own loss:
+The sum of the entropies is divided by a number of tokens:
 
-- SFT: the tokens of the optimiser step, over all micro-batches and ranks.
-- GRPO: the same where a step takes a whole generation's batch, as it does by default; of a batch that several steps
-  share, a step counts its share.
-- RLOO: the tokens of a micro-batch; micro-batches are averaged, as in its own loss.
+- SFT: those of the optimiser step, over all micro-batches and ranks, as in its own loss.
+- GRPO: those of a generation times gradient_accumulation_steps / steps_per_generation, over all ranks. By default the
+  two are equal, and a step takes the whole generation. The loss types dapo, cispo and vespo divide by this number too;
+  the term divides by it under the other loss types as well.
+- RLOO: those of a micro-batch; micro-batches are averaged, as in its own loss.
+
+GRPO's top_entropy_quantile below 1 is refused: its loss then leaves tokens out that the term would count.
 """
 
 import contextlib
@@ -43,7 +46,7 @@ def add_entropy_term(trainer: Any, coefficient: float | Callable[[int], float] |
 
     Raises:
         TypeError: the trainer or the coefficient is of another kind.
-        ValueError: the coefficient is not finite.
+        ValueError: the coefficient is not finite, or the trainer's top_entropy_quantile is below 1.
         RuntimeError: the trainer has an entropy term, or TRL is of another version; or, in training, the trainer's loss
             is not made of one forward pass that gives entropies.
     """
@@ -51,6 +54,11 @@ def add_entropy_term(trainer: Any, coefficient: float | Callable[[int], float] |
     if not isinstance(trainer, (GRPOTrainer, RLOOTrainer, SFTTrainer)):
         raise TypeError(
             f"trainer is a {type(trainer).__name__}, expected a GRPOTrainer, RLOOTrainer or SFTTrainer of TRL"
+        )
+    quantile = getattr(trainer, "top_entropy_quantile", 1.0)
+    if quantile < 1:
+        raise ValueError(
+            f"the trainer's top_entropy_quantile is {quantile}, expected 1.0: the entropy term counts every token"
         )
     if "compute_loss" in trainer.__dict__:
         raise RuntimeError("the trainer has an entropy term or another replaced compute_loss, expected its own")
@@ -114,7 +122,11 @@ class _EntropyTerm(TrainerCallback):
         return _finite(self.coefficient(step)) if callable(self.coefficient) else self.coefficient
 
     def _divisor(self, inputs: Any, num_items_in_batch: Any, count: Tensor) -> Tensor:
-        """The number that makes the sum over micro-batches and the mean over ranks a mean over tokens."""
+        """The number by which a micro-batch divides its sum of entropies.
+
+        Gradients of micro-batches are summed or, in RLOO, averaged, and gradients of ranks are averaged. A count of the
+        tokens of all ranks is therefore divided by the number of ranks.
+        """
         trainer = self.trainer
         ranks = trainer.accelerator.num_processes
         if isinstance(trainer, GRPOTrainer):
@@ -138,14 +150,15 @@ class _EntropyTerm(TrainerCallback):
         total, count = self.trainer.accelerator.reduce(self.window, "sum").tolist()
         self.window = None
         metrics = self.trainer._metrics["train"]
-        # The trainer has counted the step that ends here.
+        # The state's global_step counts the step that ends here; the coefficient was taken before it did.
         metrics["entropy_term/coefficient"].append(self._at(state.global_step - 1))
         if count > 0:
             metrics["entropy_term/entropy"].append(total / count)
             if isinstance(self.coefficient, TargetEntropy):
                 self.steered = self.coefficient.after(self.steered, total / count)
         if isinstance(self.coefficient, TargetEntropy):
-            # The trainer's checkpoints keep this. Where it restores callbacks by itself, it would make a new one.
+            # The trainer's checkpoints keep what the state holds. As an ExportableState the callback would be kept too,
+            # but restore_callback_states_from_checkpoint would then put a new callback in its place.
             state.stateful_callbacks[_SAVED] = {"args": {}, "attributes": {"coefficient": self.steered}}
 
 
