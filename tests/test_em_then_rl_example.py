@@ -24,7 +24,8 @@ def test_every_order_of_em_and_rl_is_trained_and_measured(tmp_path: Path) -> Non
     rows = re.findall(r"^\| (.+?) \| [\d.]+% ± [\d.]+% \| [\d.]+% ± [\d.]+% \| (\d\.\d{3}) \|$", table, re.MULTILINE)
     assert [name for name, _ in rows] == ["base", "EM", "GRPO", "EM, then GRPO", "GRPO, then EM"]
     entropy = {name: float(value) for name, value in rows}
-    # Random weights earn no reward, so only entropy minimisation changes the model.
+    # Two runs of GRPO have taken two steps each. Random weights earn no reward, so only EM changes the model.
+    assert len(re.findall(r"'rewards/right_answer/mean': '0'", result.stdout)) == 4
     assert entropy["GRPO"] == entropy["base"]
     assert entropy["EM"] < entropy["base"] - 0.1
     assert entropy["EM, then GRPO"] == entropy["EM"]
