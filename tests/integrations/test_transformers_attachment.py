@@ -8,6 +8,7 @@ import accelerate
 import peft
 import pytest
 import torch
+import transformers
 from random_models import VOCABULARY, gemma2, gpt2, granite, labelled_batch, llama, mixtral
 from ranks import run_on_ranks
 from torch import Tensor, nn
@@ -250,3 +251,27 @@ def test_two_ranks_average_the_gradient(kind: str) -> None:
     expected = _gradients(model)
     for gradients in run_on_ranks(2, _train_on_rank, kind):
         _assert_close(gradients, expected)
+
+
+def test_a_model_whose_loss_does_not_shift_labels_is_refused() -> None:
+    shape: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    model = transformers.BertForMaskedLM(transformers.BertConfig(**shape, intermediate_size=8, initializer_range=0.5))
+    with pytest.raises(ValueError, match="the loss of BertForMaskedLM is"):
+        attach(model)
+
+
+def test_a_temperature_that_is_not_positive_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"temperature is -1.0, expected a positive number"):
+        attach(llama(), temperature=-1.0)
+
+
+def test_a_model_that_returns_tuples_by_default_is_refused() -> None:
+    model = llama()
+    model.config.return_dict = False
+    with pytest.raises(ValueError, match="return_dict of the LlamaForCausalLM is False, expected True"):
+        attach(model)

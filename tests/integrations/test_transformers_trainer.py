@@ -206,3 +206,26 @@ def test_bad_calls(rows: list[dict[str, Tensor]], tmp_path: Path, monkeypatch: p
     for create in (EntropyLoss, lambda: EntropyTrainer(model, _settings(tmp_path))):
         with pytest.raises(RuntimeError, match=r"transformers is 4\.56\.2, expected at least 5\.23"):
             create()
+
+
+def test_what_the_trainer_cannot_do_is_refused(rows: list[dict[str, Tensor]], tmp_path: Path) -> None:
+    settings = _settings(tmp_path)
+    for option in ({"model_init": llama}, {"model": llama(), "compute_metrics": lambda predictions: {}}):
+        with pytest.raises(ValueError, match="model_init or compute_metrics is given"):
+            EntropyTrainer(args=settings, train_dataset=rows, **option)
+    with pytest.raises(ValueError, match="temperature is 0, expected a positive number"):
+        EntropyTrainer(llama(), settings, temperature=0)
+    unlabelled = [{"input_ids": row["input_ids"]} for row in rows]
+    trainer = EntropyTrainer(llama(), settings, train_dataset=unlabelled, eval_dataset=unlabelled)
+    for call in (trainer.train, trainer.evaluate):
+        with pytest.raises(ValueError, match="the batch has no labels"):
+            call()
+    output = llama()(input_ids=rows[0]["input_ids"][None])
+    with pytest.raises(ValueError, match=r"num_items_in_batch has shape \(2, 1\), expected one number"):
+        EntropyLoss()(output, rows[0]["labels"][None], torch.tensor([[3], [4]]))
+
+
+@pytest.mark.parametrize("num_items", [0, torch.tensor(0)], ids=["int", "tensor"])
+def test_a_step_without_a_labelled_token_adds_nothing(num_items: Any, rows: list[dict[str, Tensor]]) -> None:
+    output = mixtral()(input_ids=rows[2]["input_ids"][None])
+    assert EntropyLoss(auxiliary_weight=0.5)(output, rows[2]["labels"][None], num_items).item() == 0
