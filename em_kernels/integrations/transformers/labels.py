@@ -26,8 +26,8 @@ class Labels(NamedTuple):
 
     def to(self, device: torch.device) -> "Labels":
         """The same on the device of the hidden states, which is not that of the inputs where a model has several."""
-        moved = [field.to(device) if isinstance(field, Tensor) else field for field in self]
-        return self._make(moved)
+        moved: list[Any] = [field.to(device) if isinstance(field, Tensor) else field for field in self]
+        return Labels(*moved)
 
     @classmethod
     def taken_from(cls, arguments: dict[str, Any]) -> "Labels":
