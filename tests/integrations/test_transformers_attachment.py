@@ -1,5 +1,6 @@
 import copy
 import importlib
+import pickle
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -8,6 +9,7 @@ import accelerate
 import peft
 import pytest
 import torch
+import transformers
 from random_models import VOCABULARY, gemma2, gpt2, granite, labelled_batch, llama, mixtral
 from ranks import run_on_ranks
 from torch import Tensor, nn
@@ -250,3 +252,70 @@ def test_two_ranks_average_the_gradient(kind: str) -> None:
     expected = _gradients(model)
     for gradients in run_on_ranks(2, _train_on_rank, kind):
         _assert_close(gradients, expected)
+
+
+def test_a_model_whose_loss_does_not_shift_labels_is_refused() -> None:
+    shape: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    model = transformers.BertForMaskedLM(transformers.BertConfig(**shape, intermediate_size=8, initializer_range=0.5))
+    with pytest.raises(ValueError, match="the loss of BertForMaskedLM is"):
+        attach(model)
+
+
+def test_a_temperature_that_is_not_positive_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"temperature is -1.0, expected a positive number"):
+        attach(llama(), temperature=-1.0)
+
+
+def test_a_model_that_returns_tuples_by_default_is_refused() -> None:
+    model = llama()
+    model.config.return_dict = False
+    with pytest.raises(ValueError, match="return_dict of the LlamaForCausalLM is False, expected True"):
+        attach(model)
+
+
+def test_an_adapter_on_the_head_of_an_attached_model_is_an_error() -> None:
+    model, batch = llama(), labelled_batch()
+    attach(model)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["lm_head"]))
+    with pytest.raises(RuntimeError, match="the output projection is now another Linear"):
+        adapted(**batch)
+
+
+def test_logits_of_another_shape_than_the_statistics_are_an_error() -> None:
+    model, batch = llama(), labelled_batch()
+    attach(model)
+    forward = model._em_kernels_forward
+    own = forward.forward
+
+    def widened(**kwargs: Any) -> Any:
+        output = own(**kwargs)
+        output.logits = output.logits.repeat(1, 1, 3)
+        return output
+
+    forward.forward = widened
+    with pytest.raises(RuntimeError, match="do not have the shape of what its output projection returned"):
+        model(**batch)
+
+
+def test_callers_that_need_something_else_get_a_clear_error() -> None:
+    model, batch = llama(), labelled_batch()
+    attach(model)
+    with pytest.raises(ValueError, match="the caller passes fused_lm_head"):
+        model(**batch, fused_lm_head=True)
+    with pytest.raises(ValueError, match="DataParallel copies the attached model"):
+        model._replicate_for_data_parallel()
+
+
+def test_an_output_can_be_pickled() -> None:
+    model, batch = llama(), labelled_batch()
+    with torch.no_grad(), entropy_outputs(model):
+        output = model(**batch)
+    restored = pickle.loads(pickle.dumps(output))
+    assert type(restored) is type(output)
+    assert torch.equal(restored.token_stats.entropy, output.token_stats.entropy)
+    assert torch.equal(restored.loss, output.loss)

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from random_models import VOCABULARY, llama, mixtral
+from random_models import VOCABULARY, labelled_batch, llama, mixtral
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
@@ -206,3 +206,57 @@ def test_bad_calls(rows: list[dict[str, Tensor]], tmp_path: Path, monkeypatch: p
     for create in (EntropyLoss, lambda: EntropyTrainer(model, _settings(tmp_path))):
         with pytest.raises(RuntimeError, match=r"transformers is 4\.56\.2, expected at least 5\.23"):
             create()
+
+
+def test_what_the_trainer_cannot_do_is_refused(rows: list[dict[str, Tensor]], tmp_path: Path) -> None:
+    settings = _settings(tmp_path)
+    for option in ({"model_init": llama}, {"model": llama(), "compute_metrics": lambda predictions: {}}):
+        with pytest.raises(ValueError, match="model_init or compute_metrics is given"):
+            EntropyTrainer(args=settings, train_dataset=rows, **option)
+    with pytest.raises(ValueError, match="temperature is 0, expected a positive number"):
+        EntropyTrainer(llama(), settings, temperature=0)
+    unlabelled = [{"input_ids": row["input_ids"]} for row in rows]
+    trainer = EntropyTrainer(llama(), settings, train_dataset=unlabelled, eval_dataset=unlabelled)
+    for call in (trainer.train, trainer.evaluate):
+        with pytest.raises(ValueError, match="the batch has no labels"):
+            call()
+    output = llama()(input_ids=rows[0]["input_ids"][None])
+    with pytest.raises(ValueError, match=r"num_items_in_batch has shape \(2, 1\), expected one number"):
+        EntropyLoss()(output, rows[0]["labels"][None], torch.tensor([[3], [4]]))
+
+
+@pytest.mark.parametrize("num_items", [0, torch.tensor(0)], ids=["int", "tensor"])
+def test_a_step_without_a_labelled_token_adds_nothing(num_items: Any, rows: list[dict[str, Tensor]]) -> None:
+    output = mixtral()(input_ids=rows[2]["input_ids"][None])
+    assert EntropyLoss(auxiliary_weight=0.5)(output, rows[2]["labels"][None], num_items).item() == 0
+
+
+def test_the_callback_logs_at_the_end_of_an_epoch_and_leaves_nothing(
+    rows: list[dict[str, Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = llama()
+    options: dict[str, Any] = {"max_steps": -1, "num_train_epochs": 2, "logging_strategy": "epoch", "batch_size": 1}
+    trainer = _lowering(model, _settings(tmp_path, **options), rows)
+    trainer.add_callback(EntropyCallback(trainer))
+    # The first run raises, and what it leaves must not count twice.
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "training_step", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            trainer.train()
+    trainer.train()
+    assert [entry["step"] for entry in trainer.state.log_history if "entropy" in entry] == [1, 2]
+    assert not model._forward_hooks
+    assert not trainer.objective.measures
+
+
+def test_the_callback_takes_the_entropy_of_trls_output(tmp_path: Path) -> None:
+    trl_utils = pytest.importorskip("trl.trainer.utils")
+    model, batch = llama(), labelled_batch()
+    expected = EntropyCallback(Trainer(model, _settings(tmp_path)))
+    actual = EntropyCallback(expected.trainer)
+    expected._measure(model.train(), (), batch, model(**batch))
+    trl_utils.add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    actual._measure(model, (), batch, model(**batch, fused_lm_head=True))
+    assert expected.sums is not None
+    assert actual.sums is not None
+    torch.testing.assert_close(actual.sums, expected.sums, rtol=1e-4, atol=1e-4)

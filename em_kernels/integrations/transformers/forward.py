@@ -10,17 +10,18 @@ from em_kernels import OutputHead
 from em_kernels.integrations.transformers.labels import Labels
 
 _NAME = "_em_kernels_forward"
+_REPLICATE = "_replicate_for_data_parallel"
 _GENERATING = ("generate", "generate_batch")
 
 
 class Product(Protocol):
-    """What is made of hidden states in place of logits."""
+    """The statistics, or the loss, that the output projection returns in place of logits."""
 
     def made_of(self, hidden: Tensor, labels: Labels, head: OutputHead) -> Tensor:
-        """Runs in the output projection's forward; returns a tensor of three dimensions, as logits have."""
+        """Runs in the output projection's forward; returns them as a tensor of three dimensions, like logits."""
 
     def output(self, output: Any, made: Tensor, labels: Labels, model: Any) -> Any:
-        """The model's output with what was made in it; `made` as the projection's hooks have left it."""
+        """The model's output with the statistics or the loss in it; `made` is what the projection's hooks returned."""
 
 
 class Forward:
@@ -29,10 +30,10 @@ class Forward:
     Args:
         model: the causal language model itself.
         head: its output projection.
-        product: what is made in place of logits.
+        product: the statistics or the loss in place of logits.
 
     Attributes:
-        active: whether the product is made; a model that generates makes logits.
+        active: whether the projection returns the product; False while the model generates, which needs logits.
     """
 
     def __init__(self, model: Any, head: OutputHead, product: Product) -> None:
@@ -45,13 +46,14 @@ class Forward:
             RuntimeError: the place is taken.
         """
         check_free(self.model)
-        names = [name for name in ("forward", *_GENERATING) if hasattr(self.model, name)]
+        names = [name for name in ("forward", _REPLICATE, *_GENERATING) if hasattr(self.model, name)]
         self.before = {name: self.model.__dict__.get(name) for name in names}
         self.forward = self.model.forward
         functools.update_wrapper(self, self.forward)
         setattr(self.model, _NAME, self)
         self.model.forward, self.active = self, True
-        for name in names[1:]:
+        setattr(self.model, _REPLICATE, _refuse_replica)
+        for name in names[2:]:
             setattr(self.model, name, _Generate(self, getattr(self.model, name)))
 
     def take_out(self) -> None:
@@ -61,7 +63,9 @@ class Forward:
         delattr(self.model, _NAME)
         for name, before in self.before.items():
             current = self.model.__dict__.get(name)
-            if current is not self and not (isinstance(current, _Generate) and current.forward is self):
+            if current not in (self, _refuse_replica) and not (
+                isinstance(current, _Generate) and current.forward is self
+            ):
                 continue
             if before is None:
                 delattr(self.model, name)
@@ -73,6 +77,16 @@ class Forward:
             return self.forward(*args, **kwargs)
         if args:
             raise TypeError(f"the model was called with {len(args)} positional arguments, expected names for all")
+        if kwargs.get("fused_lm_head"):
+            raise ValueError(
+                "the caller passes fused_lm_head, as TRL's trainers do, expected an unattached model: detach it"
+            )
+        current = self.model.get_output_embeddings()
+        if current is not self.head.module:
+            raise RuntimeError(
+                f"the output projection is now another {type(current).__name__}, expected the one that was attached: "
+                "detach the model and attach it again, or make a new trainer"
+            )
         labels, made = Labels.taken_from(kwargs), []
         # Hooks of the projection, which sharding needs, may return another tensor than the one that was made. The
         # last hook sees what they return.
@@ -86,6 +100,11 @@ class Forward:
             raise RuntimeError(f"the model used its output projection {len(made)} times in a call, expected 1")
         if not isinstance(output, ModelOutput):
             raise ValueError(f"the model returned a {type(output).__name__}, expected a ModelOutput (return_dict=True)")
+        if output.get("logits") is None or output["logits"].shape != made[0].shape:
+            raise RuntimeError(
+                "the model's logits do not have the shape of what its output projection returned, expected a model "
+                "that only scales or caps it: detach the model and attach it again"
+            )
         return self.product.output(output, made[0], labels, self.model)
 
 
@@ -102,6 +121,11 @@ class _Generate:
             return self.generate(*args, **kwargs)
         finally:
             self.forward.active = before
+
+
+def _refuse_replica() -> None:
+    # A replica would call the forward of the first device's model.
+    raise ValueError("DataParallel copies the attached model, expected one GPU per process: launch with torchrun")
 
 
 def installed(model: Any) -> Forward | None:

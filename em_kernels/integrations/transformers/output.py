@@ -40,4 +40,16 @@ def without_logits(output: ModelOutput, **more: Any) -> Any:
 def _with_fields(kind: type, names: tuple[str, ...]) -> type:
     own = {field.name for field in dataclasses.fields(kind)}
     added = [(name, Any, None) for name in names if name not in own]
-    return dataclasses.make_dataclass(kind.__name__, added, bases=(kind,)) if added else kind
+    if not added:
+        return kind
+    fields = [*own, *(name for name, _, _ in added)]
+
+    def reduced(output: Any) -> tuple[Any, ...]:
+        # Pickle looks classes up by name, and this one has none in a module.
+        return _restored, (kind, names, {field: getattr(output, field) for field in fields})
+
+    return dataclasses.make_dataclass(kind.__name__, added, bases=(kind,), namespace={"__reduce__": reduced})
+
+
+def _restored(kind: type, names: tuple[str, ...], fields: dict[str, Any]) -> Any:
+    return _with_fields(kind, names)(**fields)
