@@ -7,15 +7,14 @@ With the model that is trained, the reward is that of the current policy. The st
 the model's output projection, in place of the logits.
 """
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from em_kernels.models.head import find_head
+from em_kernels.models.head import evaluating, find_head
 from em_kernels.stats import linear_token_entropy, linear_token_stats
 
 
@@ -98,7 +97,7 @@ class _Reward:
             found.append(self._statistic(hidden, scored.to(hidden.device), int(counts.sum())))
             return hidden
 
-        with _evaluating(self.model), self.head.replaced(in_place_of_logits):
+        with evaluating(self.model), self.head.replaced(in_place_of_logits):
             self.model(input_ids=tokens.to(device), attention_mask=attended.to(device), use_cache=False)
         means = found[0].sum(1).cpu() / counts
         return [None if number == 0 else mean for mean, number in zip(means.tolist(), counts.tolist(), strict=True)]
@@ -147,15 +146,3 @@ def _check_no_tools(others: dict[str, Any]) -> None:
     if called or given:
         found = "completions with calls of tools" if called else " and ".join(given)
         raise ValueError(f"the reward was given {found}, expected prompts and completions without tools")
-
-
-@contextlib.contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """Switches dropout off, and puts every module's mode back at the end."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
