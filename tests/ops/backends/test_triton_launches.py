@@ -53,12 +53,11 @@ def backward(loss: torch.Tensor, logits: torch.Tensor, upstream: torch.Tensor) -
     torch.autograd.grad(loss, logits, upstream)
 
 
-@pytest.mark.parametrize("seen", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("inplace_backward", [False, True])
-def test_the_mean_loss_with_its_gradient(launched, monkeypatch, masked, inplace_backward, seen):
-    # A device's upstream gradient is not seen by the host. One that is, and is 1, multiplies nothing.
-    monkeypatch.setattr(autograd, "host_sees", lambda _: seen)
+def test_the_mean_loss_with_its_gradient(launched, monkeypatch, masked, inplace_backward):
+    # The host cannot see the upstream gradient of a GPU.
+    monkeypatch.setattr(autograd, "host_sees", lambda _: False)
     logits = torch.randn(64, 512, requires_grad=True)
     mask = torch.rand(64) < 0.5 if masked else None
     one = torch.ones(())
@@ -69,7 +68,7 @@ def test_the_mean_loss_with_its_gradient(launched, monkeypatch, masked, inplace_
         backward(loss, logits, one)
 
     of_torch = torch_launches(run)
-    assert launched == ["entropy_gradient_kernel", *([] if seen else ["scale_kernel"])]
+    assert launched == ["entropy_gradient_kernel", "scale_kernel"]
     # The counters.
     assert of_torch == ["zero_"]
 
