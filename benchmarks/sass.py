@@ -106,10 +106,11 @@ def paths_through(blocks: list[Block], loop: Loop | None, row_bytes: RowBytes) -
         forward = [j for j in blocks[i].successors if j in inside and j not in dominators[i]]
         ends = blocks[i].exits if loop is None else loop.header in blocks[i].successors
         count = -len(blocks[i].instructions)
+        moved = {j: _moved(blocks, i, j, row_bytes) for j in (None, *forward)}
         rest: list[tuple[tuple[int, int], int, int | None, Moves]] = [((0, 0), 0, None, (False, False))] if ends else []
         rest += [(size_, count_, j, moves) for j in forward for moves, (size_, count_, _, _) in best[j].items()]
         for more_size, more_count, following, moves in rest:
-            loaded, stored = _moved(blocks, i, following, row_bytes)
+            loaded, stored = moved[following]
             together = (loaded > 0 or moves[0], stored > 0 or moves[1])
             size = (loaded + more_size[0], stored + more_size[1])
             candidate = (size, count + more_count, following, moves)

@@ -50,7 +50,7 @@ class OutputHead:
         }
 
     @contextlib.contextmanager
-    def replaced(self, function: Callable[[Tensor], Any]) -> Iterator[None]:
+    def replaced(self, function: Callable[[Tensor], Any]) -> Iterator[list[Any]]:
         """Makes the projection return function(hidden) until the block ends, so that the model makes no logits.
 
         The caller calls the whole model, and not the layers below the projection: the wrappers of data parallelism and
@@ -59,15 +59,22 @@ class OutputHead:
 
         Args:
             function: takes the hidden states, (..., D), and returns what the projection returns in place of logits.
+
+        Yields:
+            A list, to which each call of the projection appends what it returned. Hooks of the projection, which
+            sharding needs, may have made another tensor of what `function` returned, and only that one has a gradient.
         """
-        module = _running(self.module)
+        module, returned = _running(self.module), list[Any]()
         # Accelerate moves inputs and loads offloaded weights in a forward of its own, which calls this one.
         name = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
         others = module.__dict__.get(name)
         setattr(module, name, function)
+        # The last hook sees what the others have returned.
+        hook = self.module.register_forward_hook(lambda module, inputs, output: returned.append(output))
         try:
-            yield
+            yield returned
         finally:
+            hook.remove()
             if others is None:
                 delattr(module, name)
             else:

@@ -87,15 +87,9 @@ class Forward:
                 f"the output projection is now another {type(current).__name__}, expected the one that was attached: "
                 "detach the model and attach it again, or make a new trainer"
             )
-        labels, made = Labels.taken_from(kwargs), []
-        # Hooks of the projection, which sharding needs, may return another tensor than the one that was made. The
-        # last hook sees what they return.
-        hook = self.head.module.register_forward_hook(lambda module, inputs, output: made.append(output))
-        try:
-            with self.head.replaced(lambda hidden: self.product.made_of(hidden, labels, self.head)):
-                output = self.forward(**kwargs)
-        finally:
-            hook.remove()
+        labels = Labels.taken_from(kwargs)
+        with self.head.replaced(lambda hidden: self.product.made_of(hidden, labels, self.head)) as made:
+            output = self.forward(**kwargs)
         if len(made) != 1:
             raise RuntimeError(f"the model used its output projection {len(made)} times in a call, expected 1")
         if not isinstance(output, ModelOutput):

@@ -129,9 +129,6 @@ class Policy:
         Raises:
             ValueError: the policy has no head.
         """
-        if self.head is None:
-            raise ValueError("the policy has no head, expected the OutputHead whose input is asked for")
-        made: list[Tensor] = []
 
         def in_place_of_logits(hidden: Tensor) -> Tensor:
             scalar = function(hidden[:, -rollout.completion_mask.shape[1] :])
@@ -139,13 +136,8 @@ class Policy:
             # FSDP2 warns of it.
             return scalar.reshape(1, 1, 1).clone()
 
-        with self.head.replaced(in_place_of_logits):
-            # The hook is the module's last one, so it sees what the wrappers' own hooks have made of the scalar.
-            hook = self.head.module.register_forward_hook(lambda module, inputs, output: made.append(output))
-            try:
-                output = self._forward(rollout).logits
-            finally:
-                hook.remove()
+        with self._given_head().replaced(in_place_of_logits) as made:
+            output = self._forward(rollout).logits
         # The model may have scaled or capped the scalar as it does its logits. What it made of the scalar counts for
         # nothing, but the wrappers learn from the model's output that a backward pass begins.
         return (made[0] + 0 * output).reshape(())
@@ -156,21 +148,18 @@ class Policy:
         Raises:
             ValueError: the policy has no head.
         """
-        if self.head is None:
-            raise ValueError("the policy has no head, expected the OutputHead whose input is asked for")
-        given: list[Tensor] = []
-
-        def keep(hidden: Tensor) -> Tensor:
-            given.append(hidden)
-            return hidden
-
-        with self.head.replaced(keep):
+        with self._given_head().replaced(lambda hidden: hidden) as given:
             self._forward(rollout)
         return given[0][:, -rollout.completion_mask.shape[1] :]
 
     def computing(self) -> contextlib.AbstractContextManager[Any]:
         """A context in which matrix products run in the policy's dtype."""
         return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16")
+
+    def _given_head(self) -> OutputHead:
+        if self.head is None:
+            raise ValueError("the policy has no head, expected the OutputHead whose input is asked for")
+        return self.head
 
     def _forward(self, rollout: Rollout) -> Any:
         # Gradients are averaged over the processes only if the wrapper is called. A call of the wrapper waits for all
