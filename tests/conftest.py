@@ -5,6 +5,8 @@ import os
 
 import torch
 
+# No test may depend on a network. The hub's client reads the variable once, when it is first imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
 # Kernels are interpreted where there is no GPU; Triton reads this when it defines them.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -74,6 +76,16 @@ def interpreter_fuses_multiply_and_add():
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """The folder of the tiny model. Most tests need no Transformers, so that it is imported here."""
+    from tiny_model import save_tiny_model
+
+    folder = tmp_path_factory.mktemp("tiny")
+    save_tiny_model(folder)
+    return folder
 
 
 def pytest_collection_modifyitems(items):

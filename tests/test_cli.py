@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_model import save_tiny_model
 
 from em_kernels import __version__
 from em_kernels.cli import main
@@ -127,13 +126,6 @@ def test_missing_dependency_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     assert "pip install 'em_kernels[one-shot]'" in _error(capsys, "train")
-
-
-@pytest.fixture(scope="module")
-def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    save_tiny_model(folder)
-    return folder
 
 
 def test_model_without_chat_template(capsys: pytest.CaptureFixture[str], tiny_folder: Path, tmp_path: Path) -> None:

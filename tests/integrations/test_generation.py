@@ -1,12 +1,12 @@
 import math
 import runpy
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import reference
 import torch
-from tiny_model import save_tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LogitsProcessorList
 
@@ -158,10 +158,8 @@ def test_the_host_looks_at_no_value(processor: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp("tiny")
-    save_tiny_model(folder)
-    return AutoModelForCausalLM.from_pretrained(folder).eval()
+def model(tiny_folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(tiny_folder).eval()
 
 
 @pytest.mark.parametrize("beams", [1, 2])

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import reference
 import torch
-from tiny_model import CHAT_TEMPLATE, save_tiny_model
+from tiny_model import CHAT_TEMPLATE
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -12,13 +12,6 @@ from em_kernels.integrations.rewards import NegativeEntropyReward, SelfCertainty
 
 MESSAGES = [[{"role": "user", "content": text}] for text in ("1+1?", "a longer one", "x")]
 COMPLETIONS = [[5, 9, 77, 0], [8], [200, 3, 3, 41, 17, 60]]
-
-
-@pytest.fixture(scope="module")
-def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    save_tiny_model(folder)
-    return folder
 
 
 @pytest.fixture

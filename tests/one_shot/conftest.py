@@ -5,20 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_model import save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from em_kernels.one_shot.config import TrainConfig
 from em_kernels.one_shot.policy import Policy
 from em_kernels.one_shot.policy.chat import encode_chats
 from em_kernels.one_shot.policy.rollout import Rollout
-
-
-@pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    save_tiny_model(folder)
-    return folder
 
 
 @pytest.fixture
