@@ -8,6 +8,7 @@ import torch
 from launch import CPU, ZERO, launched
 from ranks import run_on_ranks
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from em_kernels.one_shot import memory, sharding
@@ -71,7 +72,8 @@ def _live_bytes() -> int:
     gc.collect()
     storages = {}
     for found in gc.get_objects():
-        if isinstance(found, Tensor):
+        # torch.compile leaves fake tensors in a process, which have a shape and no memory.
+        if isinstance(found, Tensor) and not isinstance(found, FakeTensor):
             # A tensor that is spread over processes has no storage of its own.
             local = found.to_local() if hasattr(found, "to_local") else found
             if local.device.type == "cpu" and local.layout == torch.strided:
