@@ -6,10 +6,12 @@ import pytest
 from accelerate import Accelerator
 
 from em_kernels.one_shot.config import TrainConfig
-from em_kernels.one_shot.evaluation import Accuracy, Evaluation, evaluate, is_correct
+from em_kernels.one_shot.data.built_in import make_problems
+from em_kernels.one_shot.data.problems import Problem
+from em_kernels.one_shot.evaluation import Accuracy, Evaluation, evaluate
+from em_kernels.one_shot.evaluation.evaluation import is_correct
 from em_kernels.one_shot.policy import Policy
 from em_kernels.one_shot.policy.rollout import Rollout
-from em_kernels.one_shot.problems import make_problems
 
 
 @pytest.mark.parametrize(
@@ -27,7 +29,7 @@ from em_kernels.one_shot.problems import make_problems
     ],
 )
 def test_grading(text: str, correct: bool) -> None:
-    assert is_correct(text, 19) is correct
+    assert is_correct(text, Problem("How many melons are left?", ("19",))) is correct
 
 
 def test_standard_error_of_a_share() -> None:
@@ -76,15 +78,15 @@ def test_accuracy_counts_answers_to_their_own_problems(
     """An oracle stands in for the model's text; its answer is right on each problem whose answer is even."""
     config = dataclasses.replace(tiny_config, evaluation_size=70, max_new_tokens=1)
     problems = make_problems(70, seed=config.seed, exclude=config.prompts)
-    expected = sum(problem.answer % 2 == 0 for problem in problems)
-    answers = {problem.question: problem.answer for problem in problems}
+    expected = sum(int(problem.answers[0]) % 2 == 0 for problem in problems)
+    answers = {problem.question: problem.answers[0] for problem in problems}
 
     def oracle(rollout: Rollout) -> list[str]:
         prompts = [
             policy.tokenizer.decode(ids[:-1][mask[:-1]]).removeprefix("user:").removesuffix("<end>a:")
             for ids, mask in zip(rollout.input_ids, rollout.attention_mask, strict=True)
         ]
-        return [str(answers[p]) if p in answers and answers[p] % 2 == 0 else "none" for p in prompts]
+        return [answers[p] if p in answers and int(answers[p]) % 2 == 0 else "none" for p in prompts]
 
     monkeypatch.setattr(policy, "texts", oracle)
     result = _evaluate(policy, config, "after")

@@ -10,10 +10,11 @@ from accelerate import Accelerator
 from math_verify import parse, verify
 
 from em_kernels import token_entropy
+from em_kernels.one_shot.data.built_in import make_problems
+from em_kernels.one_shot.data.problems import Problem
 from em_kernels.one_shot.policy import Policy
 from em_kernels.one_shot.policy.chat import encode_chats
 from em_kernels.one_shot.policy.sampling import derive_seed
-from em_kernels.one_shot.problems import Problem, make_problems
 
 # With the built-in model, two cores decode 160 tokens a second at 32 completions at once, and 126 at 16.
 _PROBLEMS_AT_ONCE = 32
@@ -119,9 +120,10 @@ def evaluate(
     return Evaluation(greedy, sampled, completions)
 
 
-def is_correct(text: str, answer: int) -> bool:
-    """Whether the answer that math-verify reads from the text is the right one."""
-    return verify(parse(str(answer)), parse(text))
+def is_correct(text: str, problem: Problem) -> bool:
+    """Whether the answer that math-verify reads from the text is an accepted one."""
+    read = parse(text)
+    return any(verify(parse(answer), read) for answer in problem.answers)
 
 
 def _accuracy(
@@ -150,7 +152,7 @@ def _accuracy(
             show_progress=accelerator.is_main_process,
         )
         texts = policy.texts(rollout)[: len(batch)]
-        correct += sum(map(is_correct, texts, [problem.answer for problem in batch]))
+        correct += sum(map(is_correct, texts, batch))
     total = accelerator.reduce(torch.tensor(correct, device=accelerator.device), "sum")
     return Accuracy(int(total), len(problems))
 

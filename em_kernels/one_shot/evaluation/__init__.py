@@ -1,0 +1,8 @@
+"""What a policy is measured by: its accuracy on problems, and a few of its completions.
+
+`evaluation` (one evaluation of a policy).
+"""
+
+from em_kernels.one_shot.evaluation.evaluation import Accuracy, Completion, Evaluation, evaluate
+
+__all__ = ["Accuracy", "Completion", "Evaluation", "evaluate"]
