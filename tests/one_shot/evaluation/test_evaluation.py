@@ -7,35 +7,16 @@ from accelerate import Accelerator
 
 from em_kernels.one_shot.config import TrainConfig
 from em_kernels.one_shot.data.built_in import make_problems
-from em_kernels.one_shot.data.problems import Problem
 from em_kernels.one_shot.evaluation import Accuracy, Evaluation, evaluate
-from em_kernels.one_shot.evaluation.evaluation import is_correct
 from em_kernels.one_shot.policy import Policy
 from em_kernels.one_shot.policy.rollout import Rollout
-
-
-@pytest.mark.parametrize(
-    ("text", "correct"),
-    [
-        ("So there are 24 - 5 = 19 melons left.", True),
-        (r"The answer is $\boxed{19}$.", True),
-        ("19", True),
-        ("19.0 dollars", True),
-        ("There are 18 melons.", False),
-        ("119", False),
-        ("First there were 19, so 19 + 5 = 24 melons.", False),
-        ("I do not know.", False),
-        ("", False),
-    ],
-)
-def test_grading(text: str, correct: bool) -> None:
-    assert is_correct(text, Problem("How many melons are left?", ("19",))) is correct
 
 
 def test_standard_error_of_a_share() -> None:
     accuracy = Accuracy(correct=8, total=32)
     assert accuracy.standard_error == pytest.approx(math.sqrt(0.25 * 0.75 / 32))
     assert str(accuracy) == "25.0% ± 7.7%"
+    assert str(Accuracy(correct=8, total=32, unreadable=3)) == "25.0% ± 7.7% (3 unreadable)"
 
 
 def _evaluate(policy: Policy, config: TrainConfig, when: str) -> Evaluation:
@@ -90,7 +71,7 @@ def test_accuracy_counts_answers_to_their_own_problems(
 
     monkeypatch.setattr(policy, "texts", oracle)
     result = _evaluate(policy, config, "after")
-    assert result.greedy == result.sampled == Accuracy(expected, 70)
+    assert result.greedy == result.sampled == Accuracy(expected, 70, unreadable=70 - expected)
 
 
 def test_no_problems_no_accuracy(policy: Policy, tiny_config: TrainConfig) -> None:
