@@ -64,9 +64,10 @@ def _same(a: Reading, b: Reading, tolerance: Tolerance) -> bool:
 
 
 def _same_items(a: Sequence[Reading], b: Sequence[Reading], tolerance: Tolerance) -> bool:
-    a, b = _different(a), _different(b)
     names = [{item.name for item in items if isinstance(item, Leaf) and item.name} for items in (a, b)]
     by_name = names[0] == names[1] and len(names[0]) > 1
+    if not by_name:
+        a, b = _different(a), _different(b)
     left = list(b)
     for item in a:
         for other in left:
@@ -82,7 +83,11 @@ def _same_items(a: Sequence[Reading], b: Sequence[Reading], tolerance: Tolerance
 
 
 def _different(items: Sequence[Reading]) -> list[Reading]:
-    return list(dict.fromkeys(items))
+    different: list[Reading] = []
+    for item in items:
+        if not any(_same(item, other, Tolerance()) for other in different):
+            different.append(item)
+    return different
 
 
 def _same_leaf(a: Leaf, b: Leaf, tolerance: Tolerance) -> bool:

@@ -12,14 +12,14 @@ _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
 # What may stand between two boxes of one answer.
 _BETWEEN = re.compile(r"(?:[\s,;.$*]|\\[()\[\]]|\band\b|\bor\b)*")
 _MATH = re.compile(r"\$\$.+?\$\$|\\\[.+?\\\]|\\\(.+?\\\)|(?<!\\)\$(?=\S)[^$\n]+?(?<![\\\s])\$(?!\d)", re.DOTALL)
-_NO_UNIT = r"(?!(?:and|or|as|so|in|is|because|since)\b)"
+_NO_UNIT = r"(?!(?:a|an|and|are|as|at|because|by|each|for|from|in|into|is|of|on|or|per|since|so|the|to|with)\b)"
 _UNIT = (
     r"(?:[ -]?(?:\\?%|percent\b|°[CF]?|\\text\s*\{[^{}]*\}(?:\^\{?\d\}?)?"
     rf"|{_NO_UNIT}[a-zA-Z]+(?:\^\d|/[a-zA-Z]+|[²³])?))?"
 )
 _POWER_OF_TEN = r"(?:[eE][-+]?\d+|\s*(?:×|x|\*)\s*10\s*\^\s*\{?[-−]?\d+\}?)?"
 _NUMBER = re.compile(
-    r"(?<![\w.])[-−]?(?:\\?[$£€]\s?)?[-−]?(?:(?:\d[\d,]*\d|\d)(?:\.\d+)?|\.\d+)"
+    r"(?<![\w.])[-−]?(?:\\?[$£€]\s?)?[-−]?(?:(?:\d{1,3}(?: \d{3})+(?!\d)|\d[\d,]*\d|\d)(?:\.\d+)?|\.\d+)"
     rf"{_POWER_OF_TEN}(?:\s*/\s*\d+|\s+\d+/\d+)?{_UNIT}"
 )
 _PRONOUN = re.compile(r"\b(?:any|each|every|no|some|that|the|this|which) ?one\b", re.IGNORECASE)

@@ -22,6 +22,8 @@ _REPLACED = tuple(
         (r"\\leqslant|\\leq(?![a-zA-Z])", r"\\le "),
         (r"\\geqslant|\\geq(?![a-zA-Z])", r"\\ge "),
         (r"\\(?:mathrm|mbox|textrm|textbf|mathbf|operatorname|textit)\s*\{", r"\\text{"),
+        (r"\\text\s*\{\s*\(?\s*(-?\d[\d.,/]*)\s*\)?\s*\}", r"\1"),
+        (r"(?<![\d.])(\d{1,3}) (\d{3})(?: (\d{3}))?(?![\d/])", r"\1\2\3"),
         (r"\\boxed\s*\{(.*)\}", r"\1"),
         (r"(?<![\d./^_{])(\d+)\s+(\d+)\s*/\s*(\d+)", r"\1\\frac{\2}{\3}"),
         (r"\{,\}", ","),

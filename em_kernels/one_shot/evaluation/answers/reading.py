@@ -38,7 +38,8 @@ class Leaf:
 
     @property
     def is_words(self) -> bool:
-        return re.fullmatch(r"[\w\s'-]+|\(\w\)", _plain(self.text)) is not None
+        # More words are a sentence, which an answer can say in another way.
+        return re.fullmatch(r"(?:[\w'-]+\s*){1,3}|\(\w\)", _plain(self.text)) is not None
 
     @property
     def words(self) -> str:
@@ -192,6 +193,9 @@ def _without_name(text: str) -> tuple[str, str]:
         return text, ""
     if _NAME.fullmatch(sides[0]) or all(re.search("[a-zA-Z]", side) is None for side in sides):
         return sides[-1], sides[0] if _NAME.fullmatch(sides[0]) else ""
+    # "90 minutes / 450 minutes = 20%" is no equation.
+    if re.search(r"(?<!\\)\b[a-z]{3,}", sides[0]) and re.search(r"\d", sides[-1]):
+        return sides[-1], ""
     if len(sides) == 2 and _NAME.fullmatch(sides[1]) and not re.search("[a-zA-Z]", sides[0]):
         return sides[0], sides[1]
     return text, ""
@@ -199,6 +203,9 @@ def _without_name(text: str) -> tuple[str, str]:
 
 def _split_unit(text: str, letters: bool) -> tuple[str, Unit | None, str]:
     """The number of a quantity, its unit where it is known, and its unit as it is written."""
+    symbolic = re.fullmatch(r"(.*[a-zA-Z])\s*\\text\s*\{([^{}]*)\}", text)
+    if symbolic and (known := read_unit(symbolic[2])):
+        return symbolic[1], known, symbolic[2]
     match = _UNIT.fullmatch(text)
     if match is None:
         return text, None, ""

@@ -9,6 +9,12 @@ _SAME = [
     ("1,-2", "-2, 1"),
     ("3, 5, 7", "{3,5,7}"),
     ("-2,-2", "-2"),
+    ("15\\frac{39}{40}, \\frac{639}{40}", "15.975"),
+    ("\\angle A=90, \\angle B=90", "90^\\circ"),
+    ("\\textbf{(055)}", "55"),
+    ("400 000", "400,000"),
+    ("7.6 Z \\mathrm{eV}", "7.6 Z"),
+    ("90 minutes / 450 minutes * 100% = 20%", "20%"),
     ("a=1, b=2", "b=2, a=1"),
     ("(3,4]", "3 < x \\le 4"),
     ("(5,\\infty)", "x>5"),
@@ -93,7 +99,9 @@ def test_different_answers(first: str, second: str, turned: bool) -> None:
     assert compare(*((second, first) if turned else (first, second))) is False
 
 
-@pytest.mark.parametrize("broken", ["\\frac{1}{", "\\frac{1}{}", "3 \\sqrt[", "\\foo{3"])
+@pytest.mark.parametrize(
+    "broken", ["\\frac{1}{", "any one of these four numbers", "\\frac{1}{}", "3 \\sqrt[", "\\foo{3"]
+)
 def test_what_cannot_be_read_is_neither_the_same_nor_different(broken: str) -> None:
     assert compare("5", broken) is None
     assert compare(broken, "5") is None
