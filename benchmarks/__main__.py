@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
+from memory import keep_freed_memory
 from options import SIZES, SUITES
 from suite import run
 
@@ -62,6 +63,7 @@ def main() -> int:
     suites = options.suite or list(SUITES)
     try:
         if len(suites) == 1:
+            keep_freed_memory()
             return 1 if run(importlib.import_module(suites[0]), options.size, device, options.out) else 0
         start, failed = time.monotonic(), []
         for suite in suites:

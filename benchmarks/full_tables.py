@@ -39,15 +39,7 @@ def full_tables(runs: dict[str, list[Row]], device: str, picture: str) -> str:
 
 def _logits(rows: list[Row]) -> str:
     rows = [row for row in rows if "contender" in row and "not_run" not in row]
-    shown = (
-        "copy",
-        "into new memory",
-        "forward+backward",
-        "inplace_backward",
-        "reduction none",
-        "masked 0.5",
-        "masked 0.9",
-    )
+    shown = ("copy", "forward+backward", "inplace_backward", "reduction none", "masked 0.5", "masked 0.9")
     columns = _columns(
         [row for row in rows if row["variant"] in shown and row["logits"] == "peaked"], ("dtype", "rows", "vocab"), 2
     )

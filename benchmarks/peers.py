@@ -121,13 +121,13 @@ def _axolotl_statistics() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
 
 
 def _verl_entropy(name: str) -> Callable[[Tensor, Tensor], Tensor]:
-    entropy_from_logits = _verl("verl.utils.torch_functional", name)
+    entropy_from_logits = from_verl("verl.utils.torch_functional", name)
     return lambda logits, target: entropy_from_logits(logits).mean()
 
 
 def _verl_statistics() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    logprobs_from_logits = _verl("verl.utils.torch_functional", "logprobs_from_logits")
-    entropy_from_logits = _verl("verl.utils.torch_functional", "entropy_from_logits")
+    logprobs_from_logits = from_verl("verl.utils.torch_functional", "logprobs_from_logits")
+    entropy_from_logits = from_verl("verl.utils.torch_functional", "entropy_from_logits")
     return lambda logits, target: (
         logprobs_from_logits(logits, target, inplace_backward=False),
         entropy_from_logits(logits),
@@ -135,11 +135,11 @@ def _verl_statistics() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
 
 
 def _verl_chunked() -> Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]:
-    return _verl("verl.utils.experimental.torch_functional", "FusedLinearForPPOFunction").apply
+    return from_verl("verl.utils.experimental.torch_functional", "FusedLinearForPPOFunction").apply
 
 
 def _verl_kernel() -> Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]:
-    return _verl("verl.utils.kernel.linear_cross_entropy", "linear_cross_entropy")
+    return from_verl("verl.utils.kernel.linear_cross_entropy", "linear_cross_entropy")
 
 
 def _liger_linear() -> Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]:
@@ -183,7 +183,8 @@ def _from(module: str, name: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def _verl(module: str, name: str) -> Any:
+def from_verl(module: str, name: str) -> Any:
+    """Return a function or class of verl without what verl's own __init__ imports."""
     # verl's own __init__ imports a cluster manager and its requirements, and these modules use nothing of them.
     if "verl" not in sys.modules:
         found = importlib.util.find_spec("verl")

@@ -105,14 +105,12 @@ def paths_through(blocks: list[Block], loop: Loop | None, row_bytes: RowBytes) -
     for i in _backwards(blocks, start, inside, dominators):
         forward = [j for j in blocks[i].successors if j in inside and j not in dominators[i]]
         ends = blocks[i].exits if loop is None else loop.header in blocks[i].successors
-        own = [row_bytes(instruction) for instruction in blocks[i].instructions]
-        loaded, stored = (sum(sizes) for sizes in zip(*own, strict=True)) if own else (0, 0)
         count = -len(blocks[i].instructions)
-        loads, stores = any(load for load, _ in own), any(store for _, store in own)
         rest: list[tuple[tuple[int, int], int, int | None, Moves]] = [((0, 0), 0, None, (False, False))] if ends else []
         rest += [(size_, count_, j, moves) for j in forward for moves, (size_, count_, _, _) in best[j].items()]
         for more_size, more_count, following, moves in rest:
-            together = (loads or moves[0], stores or moves[1])
+            loaded, stored = _moved(blocks, i, following, row_bytes)
+            together = (loaded > 0 or moves[0], stored > 0 or moves[1])
             size = (loaded + more_size[0], stored + more_size[1])
             candidate = (size, count + more_count, following, moves)
             known = best.setdefault(i, {}).get(together)
@@ -129,6 +127,30 @@ def paths_through(blocks: list[Block], loop: Loop | None, row_bytes: RowBytes) -
             block = following
         found[moves] = path
     return found
+
+
+def _moved(blocks: list[Block], i: int, following: int | None, row_bytes: RowBytes) -> tuple[int, int]:
+    """Return what a block moves where the block `following` is next.
+
+    Where the block ends with a branch, the way that is taken tells whether the branch's guard is true. A load with the
+    opposite guard, which is the other way's load of the same elements, moves nothing then.
+    """
+    lines, idle = blocks[i].instructions, ""
+    branch = lines[-1] if lines else None
+    if branch and branch.name == "BRA" and branch.guard and len(blocks[i].successors) == 2 and following is not None:
+        idle = branch.guard if following == i + 1 else _opposite(branch.guard)
+    loaded = stored = 0
+    for line in reversed(lines):
+        if idle and line.operands.startswith(f"{idle.strip('@!')},"):
+            idle = ""  # The predicate was another one before this instruction.
+        if not idle or line.guard != idle:
+            load, store = row_bytes(line)
+            loaded, stored = loaded + load, stored + store
+    return loaded, stored
+
+
+def _opposite(guard: str) -> str:
+    return guard.replace("@!", "@") if "!" in guard else guard.replace("@", "@!")
 
 
 def _targets(lines: list[Instruction], positions: dict[int, int]) -> dict[int, int]:

@@ -19,12 +19,16 @@ from em_kernels.one_shot.config import PRESETS, TrainConfig
 
 
 @pytest.fixture
-def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[TrainConfig, Path, bool]]:
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[TrainConfig, Path, bool, int]]:
     """The arguments of each run that the command line asks for; no run takes place."""
     from em_kernels.one_shot import training
 
-    calls: list[tuple[TrainConfig, Path, bool]] = []
-    monkeypatch.setattr(training, "train", lambda config, output, *, resume: calls.append((config, output, resume)))
+    calls: list[tuple[TrainConfig, Path, bool, int]] = []
+
+    def train(config: TrainConfig, output: Path, *, resume: bool, state_every: int) -> None:
+        calls.append((config, output, resume, state_every))
+
+    monkeypatch.setattr(training, "train", train)
     return calls
 
 
@@ -44,7 +48,7 @@ def _error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def test_presets_and_flags(
-    trained: list[tuple[TrainConfig, Path, bool]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: list[tuple[TrainConfig, Path, bool, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "p.jsonl").write_text('{"problem": "from a file"}\n')
@@ -52,11 +56,12 @@ def test_presets_and_flags(
     assert main(["train", "--preset", "paper", "--resume"]) == 0
     flags = "--steps 3 --learning-rate 1e-3 --temperature 1 --batch-size 8 --micro-batch-size 4 --max-new-tokens 5 "
     flags += "--max-grad-norm 2 --seed 7 --dtype bfloat16 --gradient-checkpointing --evaluation-size 0 --model m "
-    flags += "--trust-remote-code --report-to tensorboard --prompt one --prompt-file p.jsonl --prompt two --output out"
+    flags += "--trust-remote-code --report-to tensorboard --prompt one --prompt-file p.jsonl --prompt two --output out "
+    flags += "--shard --optimizer adamw8bit --lora-rank 4 --state-every 5"
     assert main(["train", *flags.split()]) == 0
     assert trained == [
-        (PRESETS["demo"], Path("runs/demo"), False),
-        (PRESETS["paper"], Path("runs/paper"), True),
+        (PRESETS["demo"], Path("runs/demo"), False, 1),
+        (PRESETS["paper"], Path("runs/paper"), True, 1),
         (
             TrainConfig(
                 model="m",
@@ -64,6 +69,9 @@ def test_presets_and_flags(
                 prompts=("one", "two", "from a file"),
                 steps=3,
                 learning_rate=1e-3,
+                shard=True,
+                optimizer="adamw8bit",
+                lora_rank=4,
                 temperature=1.0,
                 batch_size=8,
                 micro_batch_size=4,
@@ -77,6 +85,7 @@ def test_presets_and_flags(
             ),
             Path("out"),
             False,
+            5,
         ),
     ]
 
@@ -88,6 +97,8 @@ def test_presets_and_flags(
         ("trian", "invalid choice: 'trian'"),
         ("train --steps many", "argument --steps: invalid int value: 'many'"),
         ("train --steps 0", "steps is 0, expected an integer of at least 1"),
+        ("train --lora-rank -1", "lora_rank is -1, expected an integer of at least 0"),
+        ("train --optimizer adamw8bit", "dtype is 'float32', expected 'bfloat16' with the optimizer adamw8bit"),
         ("train --temperature nan", "temperature is nan, expected a finite number above 0"),
         ("train --learning-rate -1", "learning_rate is -1.0, expected a finite number above 0"),
         ("train --max-new-tokens 0", "max_new_tokens is 0, expected an integer of at least 1"),

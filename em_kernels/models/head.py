@@ -15,8 +15,8 @@ from torch import Tensor, nn
 class OutputHead:
     """A model's output projection: logits = softcap(scale * (hidden @ weight.T + bias)), softcap(x) = c tanh(x / c).
 
-    These logits are scale times softcap(hidden @ weight.T + bias) with c / scale in place of c. Dividing the
-    temperature by the scale therefore gives the same softmax(logits / temperature), and multiplies no tensor.
+    With x = hidden @ weight.T + bias: c tanh(scale x / c) / tau = (c / scale) tanh(x / (c / scale)) / (tau / scale).
+    The cap c / scale and the temperature tau / scale therefore give the same softmax without multiplying a tensor.
 
     Attributes:
         module: the torch.nn.Linear that holds weight and bias, or PEFT's wrapper of copies of one (modules_to_save).
@@ -33,7 +33,7 @@ class OutputHead:
     def arguments(self, temperature: float | Tensor = 1.0) -> dict[str, Any]:
         """The keyword arguments that describe this head, as it is now, to the linear functions of em_kernels.
 
-        Where a model is sharded, its weight is whole only while the module's forward runs.
+        Where a model is sharded, call this inside a function given to `replaced`: the weight is whole only there.
 
         Args:
             temperature: tau > 0, of the softmax of the model's logits: a float, or a tensor as the functions take it.
@@ -88,7 +88,7 @@ def find_head(model: Any, *, vocab_size: int | None = None) -> OutputHead:
     Raises:
         ValueError: the projection is not a plain torch.nn.Linear, or not whole while its forward runs; or the model's
             logits are not a scale and a softcap of what the projection makes; or vocab_size is not 1 to the number of
-            rows.
+            rows; or the model's configuration has return_dict=False.
     """
     projection = _projection(model)
     module = _running(projection)
@@ -103,12 +103,12 @@ def find_head(model: Any, *, vocab_size: int | None = None) -> OutputHead:
         _check_whole(module)
         logits = called(hidden)
         _check_equal(logits, nn.functional.linear(hidden, module.weight, module.bias))
-        # What the model makes of these numbers, which reach further than the logits of a few tokens do.
+        # The model scales and caps these numbers as it does logits; they are large enough for a softcap to show.
         made.append(torch.linspace(-60, 60, logits.numel(), device=logits.device).view_as(logits).to(logits.dtype))
         return made[-1]
 
-    with OutputHead(module).replaced(probed), _evaluating(model):
-        logits = model(input_ids=_tokens(model, rows), use_cache=False).logits
+    with OutputHead(module).replaced(probed), evaluating(model):
+        logits = model(input_ids=probe_tokens(model, rows), use_cache=False).logits
     if len(made) != 1:
         raise ValueError(f"the model uses its output projection {len(made)} times in a call, expected 1")
     scale, softcap = _scale_and_softcap(model.config.get_text_config(), made[0], logits)
@@ -118,6 +118,8 @@ def find_head(model: Any, *, vocab_size: int | None = None) -> OutputHead:
 def _projection(model: Any) -> Any:
     if not hasattr(model, "get_output_embeddings") or not hasattr(model, "config"):
         raise ValueError(f"the model is a {type(model).__name__}, expected a Transformers causal language model")
+    if not getattr(model.config, "return_dict", True):
+        raise ValueError(f"config.return_dict of the {type(model).__name__} is False, expected True")
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"the {type(model).__name__} has an encoder, expected a causal language model")
     module = model.get_output_embeddings()
@@ -202,16 +204,16 @@ def _tolerance(logits: Tensor) -> float:
     return 0.05 if logits.dtype.itemsize < 4 else 1e-4
 
 
-def _tokens(model: Any, rows: int) -> Tensor:
-    """A few tokens, none of which the configuration gives a meaning of its own, as it does to that of an image."""
-    names = {**model.config.to_dict(), **model.config.get_text_config().to_dict()}
-    special = {v for k, v in names.items() if k.endswith(("token_id", "token_index")) and isinstance(v, int)}
-    tokens = [i for i in range(rows) if i not in special][:8]
-    return torch.tensor([tokens], device=model.get_input_embeddings().weight.device)
+def probe_tokens(model: Any, rows: int) -> Tensor:
+    """A few tokens to call the model on, (1, time)."""
+    device = model.get_input_embeddings().weight.device
+    # Offloaded weights have no device of their own, and Accelerate moves the tokens to where the weights will be.
+    return torch.arange(min(8, rows), device="cpu" if device.type == "meta" else device).unsqueeze(0)
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts the model in evaluation mode until the block ends."""
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:

@@ -99,9 +99,9 @@ def train(config: TrainConfig, output: str | Path, *, resume: bool = False, stat
         metrics = _step(accelerator, policy, optimizer, config, step)
         if accelerator.is_main_process:
             run.append_metrics(metrics)
-            print(step_line(metrics, config.steps), flush=True)
         if step % state_every == 0 or step == config.steps:
             _keep_state(accelerator, prepared, optimizer, run, step)
+        accelerator.print(step_line(metrics, config.steps), flush=True)
         accelerator.log({key: value for key, value in metrics.items() if key != "step"}, step=step)
     _evaluate_once(accelerator, policy, config, run, "after")
     state = sharding.whole_state(policy.model, trained_alone=has_adapter(policy.model))

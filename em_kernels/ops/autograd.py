@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from em_kernels.ops.types import Upstream
+from em_kernels.ops.types import Upstream, host_sees
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
@@ -71,6 +71,8 @@ def scaled_gradients(
         return [gradient * factor for gradient in gradients]
     if torch._C._autograd._get_current_graph_task_keep_graph():
         gradients = [gradient.clone() for gradient in gradients]
+    if host_sees(factor) and factor.item() == 1:
+        return list(gradients)
     for gradient in gradients:
         if gradient.numel() > 0:
             scale_(gradient.view(1, -1, gradient.shape[-1]) if gradient.dim() != 3 else gradient, factor)

@@ -86,7 +86,7 @@ class Backend(Protocol):
         """
 
     def scale_(self, gradient: Tensor, factor: Tensor) -> None:
-        """Multiplies a gradient of three dimensions by a 0-d tensor, in place; costs next to nothing where it is 1."""
+        """Multiplies a gradient of three dimensions by a 0-d tensor, in place; free, or nearly so, where it is 1."""
 
 
 class _Registered(NamedTuple):

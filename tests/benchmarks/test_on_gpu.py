@@ -62,7 +62,8 @@ def measured(folder, name):
 
 
 def test_every_step_succeeds(folder):
-    assert steps(folder) == [(name, "0") for name in ("wheels", "gpu-tests", "contract-tests", *SUITES)]
+    names = ("wheels", "gpu-tests", "contract-tests", *SUITES, "sharded-training")
+    assert steps(folder) == [(name, "0") for name in names]
 
 
 def test_at_most_eight_files_of_less_than_sixteen_megabytes(folder):
@@ -237,7 +238,7 @@ def test_without_a_folder_it_is_one_line_and_status_2():
 def test_a_step_that_fails_is_recorded_and_the_next_one_runs(tmp_path):
     done = subprocess.run([SCRIPT, tmp_path], env={**ENVIRONMENT, "PYTHON": "false", "EM_WHEELS": "nowhere"})
     assert done.returncode == 1
-    assert steps(tmp_path) == [(name, "1") for name in ("gpu-tests", "contract-tests", *SUITES)]
+    assert steps(tmp_path) == [(name, "1") for name in ("gpu-tests", "contract-tests", *SUITES, "sharded-training")]
 
 
 def test_a_broken_wheel_takes_no_other_with_it(tmp_path):

@@ -64,6 +64,16 @@ def test_a_path_that_moves_more_is_taken_though_it_is_longer():
     assert opcodes(paths[False, False]) == ["BRA", "BRA"]
 
 
+@pytest.mark.parametrize(("branch", "skipped"), [("@!P1 BRA 0x30", "LDG.E.64"), ("@P1 BRA 0x30", "LDG.E.128")])
+def test_of_two_loads_of_the_same_elements_a_path_counts_one(branch, skipped):
+    text = code("@!P1 LDG.E.128 R8, [R2]", branch, "LDG.E.64 R8, [R2]", "FADD R5, R8, R9", "@P0 BRA 0x0", "EXIT")
+    blocks = read(text)
+    (loop,) = loops(blocks)
+    path = paths_through(blocks, loop, moved_bytes)[True, False]
+    # Where the branch is taken because P1 is false, the wide load has loaded, and the other way loads again.
+    assert opcodes(path) == ["LDG.E.128", "BRA", *(["LDG.E.64"] if skipped == "LDG.E.128" else []), "FADD", "BRA"]
+
+
 def test_what_a_path_moves_tells_rows_that_are_cleared_from_rows_that_are_written():
     text = code(
         "@P0 BRA 0x30", "STG.E.128 desc[UR6][R2.64], RZ", "EXIT", "LDG.E.128 R8, [R2]", "STG.E.128 [R2], R8", "EXIT"

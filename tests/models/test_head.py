@@ -1,12 +1,13 @@
 from collections.abc import Callable
 from typing import Any, cast
 
+import peft
 import pytest
 import torch
 import transformers as t
 from torch import Tensor, nn
 
-from em_kernels import entropy_loss, find_head, linear_entropy_loss
+from em_kernels import OutputHead, entropy_loss, find_head, linear_entropy_loss
 
 _SIZE: dict[str, Any] = {
     "vocab_size": 97,
@@ -108,6 +109,13 @@ def test_the_loss_on_hidden_states_is_that_on_logits(name: str) -> None:
         torch.testing.assert_close(linear[key], value, rtol=1e-4, atol=1e-5 * max(1.0, float(value.abs().max())))
 
 
+def test_a_scale_before_a_softcap() -> None:
+    head = OutputHead(nn.Linear(32, 97), scale=0.5, softcap=2.0)
+    hidden = 4 * torch.randn(5, 32)
+    expected = entropy_loss(2.0 * torch.tanh(0.5 * head.module(hidden) / 2.0), temperature=0.7)
+    torch.testing.assert_close(linear_entropy_loss(hidden, **head.arguments(0.7)), expected)
+
+
 def test_sixteen_bits_keep_the_numbers_of_the_configuration() -> None:
     for name in ("Gemma 2", "Granite", "HyperCLOVA X"):
         head = find_head(_make(name).bfloat16())
@@ -201,9 +209,7 @@ def test_logits_that_are_something_else_are_noticed(change: Callable[[Tensor], T
 
 
 def _with_peft(model: Any, **options: Any) -> Any:
-    peft = pytest.importorskip("peft")
-    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, init_lora_weights=False, **options))
-    return adapted
+    return peft.get_peft_model(model, peft.LoraConfig(r=2, init_lora_weights=False, **options))
 
 
 def test_an_adapter_on_the_head_is_refused() -> None:

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from launch import CPU, ZERO, launched
 from ranks import run_on_ranks
-from test_sharded_training import CPU, ZERO, launched
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 

@@ -5,18 +5,20 @@ import dataclasses
 import functools
 import importlib.util
 import re
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from launch import CPU, ZERO, launched
 from ranks import run_on_ranks
 from safetensors.torch import load_file
 from torch import Tensor
-from torch import distributed as dist
 from transformers import AutoModelForCausalLM
 
 from em_kernels.models.head import find_head
@@ -30,6 +32,8 @@ from em_kernels.one_shot.policy import Policy
 from em_kernels.one_shot.policy.rollout import Rollout
 from em_kernels.one_shot.run_folder import RunFolder
 
+pytestmark = pytest.mark.slow
+
 TAU = 0.5
 
 
@@ -39,27 +43,6 @@ def _part(rollout: dict[str, Tensor], rank: int, size: int) -> Rollout:
 
 def _policy(model: Any, loss: str) -> Policy:
     return Policy(model, None, find_head(model) if loss == "linear" else None)
-
-
-ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
-
-
-@contextlib.contextmanager
-def launched(**variables: str) -> Iterator[None]:
-    """The environment of a process that a launcher has started, with these variables besides."""
-    rank, size = str(dist.get_rank()), str(dist.get_world_size())
-    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "OMP_NUM_THREADS": "1"}
-    AcceleratorState._reset_state(reset_partial_state=True)
-    with pytest.MonkeyPatch.context() as patched:
-        for name, value in (own | variables).items():
-            patched.setenv(name, value)
-        if "ACCELERATE_USE_DEEPSPEED" in variables:
-            import deepspeed
-
-            # Collectives go over gloo, and not through an extension that DeepSpeed would compile first.
-            patched.setitem(deepspeed.ops.__compatible_ops__, "deepspeed_shm_comm", False)
-        yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def _on_a_rank(folder: Path, rollout: dict[str, Tensor], loss: str, tied: bool) -> tuple[StepStats, dict[str, Tensor]]:
@@ -169,22 +152,33 @@ def _difference(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected).norm() / expected.norm())
 
 
-CPU = {"ACCELERATE_USE_CPU": "true"}
+_STAGE = "ACCELERATE_DEEPSPEED_ZERO_STAGE"
+_ADAPTERS = {"lora_rank": 4, "evaluation_size": 0, "steps": 3}
 _WAYS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "data parallel": ({}, CPU),
     "fully_shard": ({"shard": True}, CPU),
-    "fully_shard, adapters": ({"shard": True, "lora_rank": 4}, CPU),
-    "zero2": ({}, {**ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}),
-    "zero3": ({}, {**ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}),
-    "zero3, adapters": ({"lora_rank": 4}, {**ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}),
+    "fsdp2": ({}, CPU),
+    "fully_shard, adapters": ({"shard": True, **_ADAPTERS}, CPU),
+    "zero2": ({}, ZERO | {_STAGE: "2"}),
+    "zero3": ({}, ZERO | {_STAGE: "3"}),
+    "zero3, adapters": (_ADAPTERS, ZERO | {_STAGE: "3"}),
 }
 
 
-def _train(
-    config: TrainConfig, output: Path, variables: dict[str, str], interrupted: int | None = None, resume: bool = False
-) -> None:
+def _start_fsdp2(config: TrainConfig, output: Path) -> Accelerator:
+    """An Accelerator that prepares models for FSDP2, which Accelerate sets up for GPUs alone."""
+    accelerator = Accelerator(mixed_precision="no")
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
+    )
+    AcceleratorState._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
+    assert accelerator.is_fsdp2
+    return accelerator
+
+
+def _train(config: TrainConfig, output: Path, way: str, interrupted: int | None = None, resume: bool = False) -> None:
     """One process of a run that keeps every second state and is interrupted, if at all, as that step begins."""
-    with launched(**variables), pytest.MonkeyPatch.context() as patched:
+    with launched(**_WAYS[way][1]), pytest.MonkeyPatch.context() as patched:
         step = training._step
 
         def interruptible(*arguments: Any) -> Any:
@@ -193,6 +187,8 @@ def _train(
             return step(*arguments)
 
         patched.setattr(training, "_step", interruptible)
+        if way == "fsdp2":
+            patched.setattr(sharding, "start", _start_fsdp2)
         # The process group serves the next test.
         patched.setattr(Accelerator, "end_training", lambda _: None)
         with contextlib.suppress(KeyboardInterrupt):
@@ -203,21 +199,21 @@ def _train(
 def runs(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[TrainConfig, Path]]:
     """A finished run of two processes, for each of the ways to launch it."""
     folder = tmp_path_factory.mktemp("runs")
+    # Processes whose completions end early have to wait for the others, and one has no problem to solve.
+    shutil.copytree(tiny_folder, folder / "ending")
+    _load(tiny_folder, tied=False).save_pretrained(folder / "ending")
 
     @functools.cache
     def run(way: str) -> tuple[TrainConfig, Path]:
-        settings, variables = _WAYS[way]
         config = TrainConfig(
-            model=str(tiny_folder),
-            steps=4,
+            model=str(folder / "ending"),
             learning_rate=1e-3,
             batch_size=4,
             micro_batch_size=1,
             max_new_tokens=8,
-            evaluation_size=3,
-            **settings,
+            **{"steps": 4, "evaluation_size": 1, **_WAYS[way][0]},
         )
-        run_on_ranks(2, _train, config, folder / way, variables)
+        run_on_ranks(2, _train, config, folder / way, way)
         return config, folder / way
 
     return run
@@ -228,7 +224,7 @@ def _checkpoint(run: Path) -> dict[str, Tensor]:
     return load_file(file)
 
 
-@pytest.mark.parametrize("way", ["fully_shard", "zero2", "zero3"])
+@pytest.mark.parametrize("way", ["fully_shard", "fsdp2", "zero2", "zero3"])
 def test_sharded_run_ends_as_data_parallelism_does(runs: Callable[[str], tuple[TrainConfig, Path]], way: str) -> None:
     (_, expected), (_, run) = runs("data parallel"), runs(way)
     losses = [[row["loss"] for row in RunFolder(folder).read_metrics()] for folder in (expected, run)]
@@ -244,12 +240,12 @@ def test_sharded_run_ends_as_data_parallelism_does(runs: Callable[[str], tuple[T
 def test_resumed_run_ends_with_the_same_parameters(
     runs: Callable[[str], tuple[TrainConfig, Path]], tmp_path: Path, way: str
 ) -> None:
-    (config, expected), variables = runs(way), _WAYS[way][1]
+    config, expected = runs(way)
     run = tmp_path / "run"
-    run_on_ranks(2, _train, config, run, variables, 4)
+    run_on_ranks(2, _train, config, run, way, config.steps)
     assert RunFolder(run).finished_steps() == 2
-    # The third step is taken again.
-    run_on_ranks(2, _train, config, run, variables, None, True)
+    # Of four steps, the third is taken again.
+    run_on_ranks(2, _train, config, run, way, None, True)
     weights = _checkpoint(run)
     for name, weight in _checkpoint(expected).items():
         assert torch.equal(weights[name], weight), name

@@ -287,6 +287,12 @@ def test_folder_with_a_run_needs_resume(finished: tuple[TrainConfig, Path]) -> N
         train(*finished)
 
 
+def test_a_state_is_kept_at_least_every_so_many_steps(tiny_config: TrainConfig, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="state_every is 0, expected an integer of at least 1"):
+        train(tiny_config, tmp_path / "run", state_every=0)
+    assert not (tmp_path / "run").exists()
+
+
 def test_other_settings_cannot_resume(finished: tuple[TrainConfig, Path]) -> None:
     config, output = finished
     with pytest.raises(UsageError, match=r"other settings: steps: 4, not 5; seed: 0, not 1$"):
@@ -394,3 +400,14 @@ def test_default_folder_is_the_next_free_one(tmp_path: Path, monkeypatch: pytest
         Path("runs", name).mkdir(parents=True)
     assert default_run_folder("demo", resume=False) == Path("runs/demo-3")
     assert default_run_folder("demo", resume=True) == Path("runs/demo-2")
+
+
+def test_a_head_that_does_not_fit(tiny_config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_changed(*arguments: Any, **named: Any) -> Any:
+        model, tokenizer = load_model(*arguments, **named)
+        model.lm_head.register_forward_hook(lambda module, inputs, output: output * 0.3)
+        return model, tokenizer
+
+    monkeypatch.setattr(training, "load_model", load_changed)
+    with pytest.raises(UsageError, match=r"something of its own .*; --loss logits works with any model$"):
+        train(tiny_config, tmp_path / "run")

@@ -323,11 +323,8 @@ def test_a_shards_gradient_is_that_of_its_columns(subject, ends):
 def test_scale(subject, factor):
     gradient = subject.place(torch.randn(2, 3, 7))
     expected = gradient * factor
-    version = gradient._version
     subject.functions.scale_(gradient, subject.place(torch.tensor(factor)))
     assert torch.equal(gradient, expected)
-    if factor == 1 and subject.device.type == "cpu":
-        assert gradient._version == version
 
 
 WEIGHTS = [None, torch.tensor([1, 1, 0, 1, 0, 1]) == 1, torch.tensor([0.5, 2, 0, 1, 0.25, 3]), torch.zeros(ROWS)]

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from em_kernels import OutputHead, TokenStats, find_head, linear_token_stats
-from em_kernels.integrations.transformers.forward import causal_model, install, remove
-from em_kernels.integrations.transformers.labels import Labels
-from em_kernels.integrations.transformers.loss import auxiliary_loss
+from em_kernels.integrations.transformers.forward import Forward, causal_model, check_free, installed
+from em_kernels.integrations.transformers.labels import Labels, check_temperature
+from em_kernels.integrations.transformers.loss import auxiliary_loss, check_own_loss
 from em_kernels.integrations.transformers.output import TokenStatsOutput, without_logits
 
 _OF_TARGETS = ("logprob", "top1")
@@ -27,11 +27,12 @@ def attach(
     """Makes a model return statistics of its tokens in place of logits, until `detach`.
 
     `model(**batch)` then returns its usual output, of a subclass of its class, with `logits` None and with
-    `token_stats`: the statistics at each position, (batch, time), float32 and differentiable as `linear_token_stats`
-    says. With `labels`, position t has the log-probability of labels[t + 1], positions whose next label is -100 are 0
+    `token_stats`: the statistics at each position, (batch, time), differentiable, and float32 (float64 for a float64
+    model). With `labels`, position t has the log-probability of labels[t + 1], positions whose next label is -100 are 0
     in every field, and `loss` is what the model makes of these log-probabilities: -sum(logprob) / N, N the number of
-    labels that count or `num_items_in_batch`, and the weighted auxiliary loss of a mixture of experts. Without labels,
-    positions that attention_mask leaves out are 0, and there is no log-probability.
+    labels that count or `num_items_in_batch`, and the weighted auxiliary loss of a mixture of experts. Where
+    `stats` leaves out "logprob", `loss` is None. Without labels, positions that attention_mask leaves out are 0, and
+    there is neither a log-probability nor a loss.
 
     `generate` makes logits as before. A model may be compiled, wrapped or sharded before or after it is attached; where
     it is sharded before, every rank has to call this function.
@@ -43,7 +44,8 @@ def attach(
         vocab_size: the number of tokens, for a head that has more rows than there are tokens; None counts every row.
 
     Raises:
-        ValueError: a name is no statistic, or the head does not fit, as `find_head` says it.
+        ValueError: a name is no statistic, or temperature is not positive, or the head does not fit, as `find_head`
+            says it, or the model's own loss is not the cross-entropy of labels shifted by one.
         RuntimeError: the model is attached already.
     """
     for name in stats:
@@ -51,8 +53,12 @@ def attach(
             raise ValueError(f"stats has {name!r}, expected any of {', '.join(map(repr, TokenStats._fields))}")
     if not stats:
         raise ValueError("stats is empty, expected at least one name")
+    check_temperature(temperature)
     inner = causal_model(model)
-    install(inner, find_head(inner, vocab_size=vocab_size), _Statistics(tuple(stats), temperature))
+    check_free(inner)
+    head = find_head(inner, vocab_size=vocab_size)
+    check_own_loss(inner)
+    Forward(inner, head, _Statistics(tuple(stats), temperature)).put_in()
 
 
 def detach(model: Any) -> None:
@@ -61,7 +67,11 @@ def detach(model: Any) -> None:
     Raises:
         RuntimeError: the model is not attached.
     """
-    remove(causal_model(model))
+    inner = causal_model(model)
+    forward = installed(inner)
+    if forward is None:
+        raise RuntimeError(f"the {type(inner).__name__} is not attached, expected one that is")
+    forward.take_out()
 
 
 @contextlib.contextmanager
@@ -81,13 +91,13 @@ def entropy_outputs(
 
 
 class _Statistics:
-    """Statistics of each token, side by side in the place where a token's logits would be."""
+    """Stacks the statistics of a token along the vocabulary dimension, so that the model passes them on as logits."""
 
     def __init__(self, names: tuple[str, ...], temperature: float) -> None:
         self.names, self.temperature = names, temperature
 
     def made_of(self, hidden: Tensor, labels: Labels, head: OutputHead) -> Tensor:
-        names = self._given(labels)
+        names, labels = self._given(labels), labels.to(hidden.device)
         stats = linear_token_stats(
             hidden,
             target=labels.target,

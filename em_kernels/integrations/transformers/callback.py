@@ -7,9 +7,9 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
 from em_kernels import token_entropy
-from em_kernels.integrations.transformers.forward import causal_model, installed
+from em_kernels.integrations.transformers.forward import causal_model
 from em_kernels.integrations.transformers.labels import Labels
-from em_kernels.integrations.transformers.trainer import MeanEntropy
+from em_kernels.integrations.transformers.trainer import EntropyTrainer
 from em_kernels.one_shot.metrics import DECIDED
 
 
@@ -18,13 +18,14 @@ class EntropyCallback(TrainerCallback):
 
         trainer.add_callback(EntropyCallback(trainer))
 
-    Whatever the run's loss is, each forward pass of the training costs one more pass over its logits, without a graph
-    and without a synchronisation, or under `EntropyTrainer`, which makes no logits, one matmul with its output
-    projection. A model that is attached with the statistic "entropy" costs nothing more. What is
-    logged, as "entropy" (nats, of softmax(logits), or of the attached temperature) and "decided" (the share of tokens
-    whose entropy is below 0.01), is over all processes and all tokens since it was logged last. The positions that
-    count are those that predict a label where the model gets labels, and those attended to where it gets none, as with
-    a `compute_loss_func`.
+    Two numbers are logged: "entropy", the mean in nats of softmax(logits), and "decided", the share of tokens whose
+    entropy is below 0.01. They are over all processes and all tokens since the last log. Where the model gets labels,
+    the positions that predict one count. Where it gets none, as with a `compute_loss_func`, all attended positions do.
+
+    Each forward pass of the training costs one more pass over its logits, without a graph and without a
+    synchronisation. Under `EntropyTrainer`, which makes no logits, it costs one matmul with the output projection. It
+    costs nothing where the output has the entropy: under TRL's trainers, and with a model that is attached with the
+    statistic "entropy". That entropy is the one of the trainer's, or of the attachment's, temperature.
 
     Args:
         trainer: the Trainer that logs.
@@ -36,15 +37,18 @@ class EntropyCallback(TrainerCallback):
         self.hook: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self.sums = None
-        model = causal_model(model)
-        forward = installed(model)
-        if forward is not None and isinstance(forward.product, MeanEntropy):
-            forward.product.measures = True
-        self.hook = model.register_forward_hook(self._measure, with_kwargs=True)
+        self.on_train_end(args, state, control)  # A run that raised has not come to its end.
+        if isinstance(self.trainer, EntropyTrainer):
+            self.trainer.objective.measures = True
+        self.hook = causal_model(model).register_forward_hook(self._measure, with_kwargs=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.hook.remove()
+        self.sums = None
+        if isinstance(self.trainer, EntropyTrainer):
+            self.trainer.objective.measures = False
+        if self.hook is not None:
+            self.hook.remove()
+            self.hook = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not control.should_log or self.sums is None:
@@ -52,18 +56,28 @@ class EntropyCallback(TrainerCallback):
         entropy, decided, tokens = self.trainer.accelerator.reduce(self.sums, "sum").tolist()
         self.sums = None
         if tokens > 0:
-            self.trainer.log({"entropy": entropy / tokens, "decided": decided / tokens})
+            # The log of TRL's trainers would take their own numbers along, which belong to the entry that follows.
+            Trainer.log(self.trainer, {"entropy": entropy / tokens, "decided": decided / tokens})
+            # Trainer.log resets should_log, and the Trainer would then not log its loss.
+            control.should_log = True
 
-    @torch.no_grad()
+    on_epoch_end = on_step_end
+
     def _measure(self, model: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        if not model.training:
-            return
+        # Models also generate, and score completions, while they train.
+        if model.training and torch.is_grad_enabled():
+            with torch.no_grad():
+                self._add(kwargs, output)
+
+    def _add(self, kwargs: dict[str, Any], output: Any) -> None:
         mask = Labels.taken_from(dict(kwargs)).mask
         stats = getattr(output, "token_stats", None)
         if stats is not None and stats.entropy is not None:
             entropy = stats.entropy.detach()
         elif getattr(output, "logits", None) is not None:
             entropy = token_entropy(output.logits, None if mask is None else mask.to(output.logits.device))
+        elif getattr(output, "entropy", None) is not None and getattr(output, "label_mask", None) is not None:
+            entropy, mask = output.entropy.detach(), output.label_mask  # TRL's output
         else:
             raise ValueError(
                 "the model's output has neither logits nor the entropy of its tokens, expected one of them"

@@ -1,8 +1,6 @@
 """What takes the place of a model's forward: its output projection makes something other than logits."""
 
-import contextlib
 import functools
-from collections.abc import Iterator
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -12,37 +10,83 @@ from em_kernels import OutputHead
 from em_kernels.integrations.transformers.labels import Labels
 
 _NAME = "_em_kernels_forward"
+_REPLICATE = "_replicate_for_data_parallel"
 _GENERATING = ("generate", "generate_batch")
 
 
 class Product(Protocol):
-    """What is made of hidden states in place of logits."""
+    """The statistics, or the loss, that the output projection returns in place of logits."""
 
     def made_of(self, hidden: Tensor, labels: Labels, head: OutputHead) -> Tensor:
-        """Runs in the output projection's forward; returns a tensor of three dimensions, as logits have."""
+        """Runs in the output projection's forward; returns them as a tensor of three dimensions, like logits."""
 
     def output(self, output: Any, made: Tensor, labels: Labels, model: Any) -> Any:
-        """The model's output with what was made in it; `made` as the projection's hooks have left it."""
+        """The model's output with the statistics or the loss in it; `made` is what the projection's hooks returned."""
 
 
 class Forward:
     """Stands in for a model's forward, and calls it. An object, not a closure, so that a copy of the model has its own.
 
+    Args:
+        model: the causal language model itself.
+        head: its output projection.
+        product: the statistics or the loss in place of logits.
+
     Attributes:
-        active: whether the product is made; a model that generates makes logits.
+        active: whether the projection returns the product; False while the model generates, which needs logits.
     """
 
     def __init__(self, model: Any, head: OutputHead, product: Product) -> None:
-        self.model, self.head, self.product, self.active = model, head, product, True
-        self.before = {name: model.__dict__.get(name) for name in ("forward", *_GENERATING) if hasattr(model, name)}
-        self.forward = model.forward
-        functools.update_wrapper(self, model.forward)
+        self.model, self.head, self.product, self.active = model, head, product, False
+
+    def put_in(self) -> None:
+        """Takes the place of the model's forward.
+
+        Raises:
+            RuntimeError: the place is taken.
+        """
+        check_free(self.model)
+        names = [name for name in ("forward", _REPLICATE, *_GENERATING) if hasattr(self.model, name)]
+        self.before = {name: self.model.__dict__.get(name) for name in names}
+        self.forward = self.model.forward
+        functools.update_wrapper(self, self.forward)
+        setattr(self.model, _NAME, self)
+        self.model.forward, self.active = self, True
+        setattr(self.model, _REPLICATE, _refuse_replica)
+        for name in names[2:]:
+            setattr(self.model, name, _Generate(self, getattr(self.model, name)))
+
+    def take_out(self) -> None:
+        """Puts the model's own forward back."""
+        # Where another wrapper has been put around it, it stays inside that wrapper and passes everything on.
+        self.active = False
+        delattr(self.model, _NAME)
+        for name, before in self.before.items():
+            current = self.model.__dict__.get(name)
+            if current not in (self, _refuse_replica) and not (
+                isinstance(current, _Generate) and current.forward is self
+            ):
+                continue
+            if before is None:
+                delattr(self.model, name)
+            else:
+                setattr(self.model, name, before)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.active:
             return self.forward(*args, **kwargs)
         if args:
             raise TypeError(f"the model was called with {len(args)} positional arguments, expected names for all")
+        if kwargs.get("fused_lm_head"):
+            raise ValueError(
+                "the caller passes fused_lm_head, as TRL's trainers do, expected an unattached model: detach it"
+            )
+        current = self.model.get_output_embeddings()
+        if current is not self.head.module:
+            raise RuntimeError(
+                f"the output projection is now another {type(current).__name__}, expected the one that was attached: "
+                "detach the model and attach it again, or make a new trainer"
+            )
         labels, made = Labels.taken_from(kwargs), []
         # Hooks of the projection, which sharding needs, may return another tensor than the one that was made. The
         # last hook sees what they return.
@@ -56,15 +100,12 @@ class Forward:
             raise RuntimeError(f"the model used its output projection {len(made)} times in a call, expected 1")
         if not isinstance(output, ModelOutput):
             raise ValueError(f"the model returned a {type(output).__name__}, expected a ModelOutput (return_dict=True)")
+        if output.get("logits") is None or output["logits"].shape != made[0].shape:
+            raise RuntimeError(
+                "the model's logits do not have the shape of what its output projection returned, expected a model "
+                "that only scales or caps it: detach the model and attach it again"
+            )
         return self.product.output(output, made[0], labels, self.model)
-
-    @contextlib.contextmanager
-    def switched(self, active: bool) -> Iterator[None]:
-        before, self.active = self.active, active
-        try:
-            yield
-        finally:
-            self.active = before
 
 
 class _Generate:
@@ -75,24 +116,16 @@ class _Generate:
         functools.update_wrapper(self, generate)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self.forward.switched(False):
+        before, self.forward.active = self.forward.active, False
+        try:
             return self.generate(*args, **kwargs)
+        finally:
+            self.forward.active = before
 
 
-def install(model: Any, head: OutputHead, product: Product) -> Forward:
-    """Puts a Forward in the place of the model's forward.
-
-    Raises:
-        RuntimeError: there is one already.
-    """
-    if _NAME in model.__dict__:
-        raise RuntimeError(f"the {type(model).__name__} is attached already, expected one that is not: detach it first")
-    forward = Forward(model, head, product)
-    setattr(model, _NAME, forward)
-    model.forward = forward
-    for name in forward.before.keys() - {"forward"}:
-        setattr(model, name, _Generate(forward, getattr(model, name)))
-    return forward
+def _refuse_replica() -> None:
+    # A replica would call the forward of the first device's model.
+    raise ValueError("DataParallel copies the attached model, expected one GPU per process: launch with torchrun")
 
 
 def installed(model: Any) -> Forward | None:
@@ -100,26 +133,10 @@ def installed(model: Any) -> Forward | None:
     return model.__dict__.get(_NAME)
 
 
-def remove(model: Any) -> None:
-    """Puts the model's own forward back.
-
-    Raises:
-        RuntimeError: the model has its own forward.
-    """
-    forward = model.__dict__.get(_NAME)
-    if forward is None:
-        raise RuntimeError(f"the {type(model).__name__} is not attached, expected one that is")
-    delattr(model, _NAME)
-    # Where another wrapper has been put around it, it stays inside that wrapper and passes everything on.
-    forward.active = False
-    for name, before in forward.before.items():
-        current = model.__dict__.get(name)
-        if current is not forward and getattr(current, "forward", None) is not forward:
-            continue
-        if before is None:
-            delattr(model, name)
-        else:
-            setattr(model, name, before)
+def check_free(model: Any) -> None:
+    """Raises RuntimeError where something stands in for the model's forward already."""
+    if installed(model) is not None:
+        raise RuntimeError(f"the {type(model).__name__} is attached already, expected one that is not: detach it first")
 
 
 def causal_model(model: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor, nn
@@ -23,9 +24,14 @@ class Labels(NamedTuple):
     mask: Tensor | None
     num_items: int | Tensor | None
 
+    def to(self, device: torch.device) -> "Labels":
+        """The same on the device of the hidden states, which is not that of the inputs where a model has several."""
+        moved: list[Any] = [field.to(device) if isinstance(field, Tensor) else field for field in self]
+        return Labels(*moved)
+
     @classmethod
     def taken_from(cls, arguments: dict[str, Any]) -> "Labels":
-        """Takes them out of the arguments of a model, which has no use for them where it makes no logits."""
+        """Removes the labels from a call's arguments, so that the model itself, which has no logits, makes no loss."""
         labels, target = arguments.pop("labels", None), arguments.pop("shift_labels", None)
         num_items = arguments.pop("num_items_in_batch", None)
         if target is None and labels is not None:
@@ -49,6 +55,12 @@ def check_shifted_count() -> None:
             f"transformers is {transformers.__version__}, expected at least 5.23, whose Trainer counts the labels that "
             "a position predicts"
         )
+
+
+def check_temperature(temperature: float) -> None:
+    """Raises ValueError unless the temperature is positive."""
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}, expected a positive number")
 
 
 def _kept(tokens: Tensor | None, kept: int | Tensor) -> Tensor | None:

@@ -32,11 +32,24 @@ def without_logits(output: ModelOutput, **more: Any) -> Any:
     class does not declare would not survive.
     """
     fields = {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
-    return _with_fields(type(output), tuple(more))(**{**fields, "logits": None, **more})
+    kind: Any = type(output)
+    return _with_fields(kind, tuple(more))(**{**fields, "logits": None, **more})
 
 
 @functools.cache
 def _with_fields(kind: type, names: tuple[str, ...]) -> type:
     own = {field.name for field in dataclasses.fields(kind)}
     added = [(name, Any, None) for name in names if name not in own]
-    return dataclasses.make_dataclass(kind.__name__, added, bases=(kind,)) if added else kind
+    if not added:
+        return kind
+    fields = [*own, *(name for name, _, _ in added)]
+
+    def reduced(output: Any) -> tuple[Any, ...]:
+        # Pickle looks classes up by name, and this one has none in a module.
+        return _restored, (kind, names, {field: getattr(output, field) for field in fields})
+
+    return dataclasses.make_dataclass(kind.__name__, added, bases=(kind,), namespace={"__reduce__": reduced})
+
+
+def _restored(kind: type, names: tuple[str, ...], fields: dict[str, Any]) -> Any:
+    return _with_fields(kind, names)(**fields)

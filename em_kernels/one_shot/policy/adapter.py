@@ -16,7 +16,7 @@ from em_kernels.one_shot.errors import UsageError
 def check_peft(wanted_by: str) -> None:
     """Raises UsageError if the package peft is not installed; the message says what needs it."""
     if importlib.util.find_spec("peft") is None:
-        raise UsageError(f"{wanted_by} needs the package peft (pip install 'em_kernels[lora]')")
+        raise UsageError(f"{wanted_by} needs the package peft (pip install 'em_kernels[peft]')")
 
 
 def is_adapter(source: Path) -> bool:

@@ -130,8 +130,7 @@ def entropy_with_gradient(
 
 
 def scale_(gradient: Tensor, factor: Tensor) -> None:
-    if not types.host_sees(factor) or factor.item() != 1:
-        gradient.mul_(factor)
+    gradient.mul_(factor)
 
 
 def _times_slope(gradient: Tensor, z: Tensor, softcap: float | None) -> Tensor:

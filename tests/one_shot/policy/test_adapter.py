@@ -72,7 +72,7 @@ def test_second_adapter_is_refused(adapted: tuple[Any, Path]) -> None:
 def test_without_peft(adapted: tuple[Any, Path], tiny: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "peft" else find_spec(name))
-    with pytest.raises(UsageError, match=r"lora_rank 4 needs the package peft \(pip install 'em_kernels\[lora\]'\)"):
+    with pytest.raises(UsageError, match=r"lora_rank 4 needs the package peft \(pip install 'em_kernels\[peft\]'\)"):
         adapter.add_adapter(tiny[0], 4)
     with pytest.raises(UsageError, match=r"the adapter .* needs the package peft"):
         load_model(str(adapted[1]))
