@@ -83,7 +83,7 @@ def _add_train(commands: Any) -> None:
         action="append",
         type=Path,
         metavar="FILE",
-        help="JSON lines, or a text file that is one prompt",
+        help="rows with a question (.jsonl, .json, .csv, .parquet), or a text that is one prompt (.txt)",
     )
 
     how = train.add_argument_group("how (demo's value, paper's value)")
@@ -123,9 +123,9 @@ def _train(
     prompt_file: Sequence[Path] = (),
     **settings: Any,
 ) -> None:
-    from em_kernels.one_shot.prompts import read_prompts
+    from em_kernels.one_shot.data.prompts import read_prompts
 
-    prompts = [*prompt, *(text for path in prompt_file for text in read_prompts(path))]
+    prompts = [*prompt, *(text for path in prompt_file for text in read_prompts(path, note=_note))]
     if prompts:
         settings["prompts"] = tuple(prompts)
     config = dataclasses.replace(PRESETS[preset], **settings)
@@ -135,6 +135,12 @@ def _train(
     from em_kernels.one_shot.training import train
 
     train(config, output or default_run_folder(preset, resume=resume), resume=resume, state_every=state_every)
+
+
+def _note(line: str) -> None:
+    # Of the processes that `accelerate launch` starts, the first one speaks.
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {line}", file=sys.stderr)
 
 
 def _import_quietly() -> None:

@@ -16,10 +16,12 @@ from trl import GRPOConfig, GRPOTrainer
 
 from em_kernels.integrations.trl import token_stats_in_trl
 from em_kernels.one_shot import TrainConfig
-from em_kernels.one_shot.evaluation import evaluate, is_correct
+from em_kernels.one_shot.data.built_in import make_problems
+from em_kernels.one_shot.data.problems import Problem
+from em_kernels.one_shot.evaluation import evaluate
+from em_kernels.one_shot.evaluation.grading import Grader, Verdict
 from em_kernels.one_shot.policy import Policy
 from em_kernels.one_shot.policy.model import load_model
-from em_kernels.one_shot.problems import make_problems
 from em_kernels.one_shot.run_folder import RunFolder
 from em_kernels.one_shot.training import train
 
@@ -64,14 +66,18 @@ def reinforce(model: str | None, name: str) -> str:
     data = Dataset.from_dict(
         {
             "prompt": [[{"role": "user", "content": problem.question}] for problem in problems],
-            "answer": [problem.answer for problem in problems],
+            "answer": [problem.answers[0] for problem in problems],
         }
     )
 
-    def right_answer(completions, answer, **_):
-        return [
-            float(is_correct(turns[-1]["content"], right)) for turns, right in zip(completions, answer, strict=True)
+    grader = Grader()
+
+    def right_answer(prompts, completions, answer, **_):
+        grades = [
+            grader.grade(turns[-1]["content"], Problem(question[-1]["content"], (right,)))
+            for question, turns, right in zip(prompts, completions, answer, strict=True)
         ]
+        return [float(grade.verdict is Verdict.RIGHT) for grade in grades]
 
     config = GRPOConfig(
         output_dir=str(args.output / name),
@@ -87,7 +93,7 @@ def reinforce(model: str | None, name: str) -> str:
         gradient_checkpointing=False,
     )
     trainer = GRPOTrainer(policy, right_answer, config, train_dataset=data, processing_class=tokenizer)
-    with token_stats_in_trl():
+    with grader, token_stats_in_trl():
         trainer.train()
     trainer.save_model(config.output_dir)
     return config.output_dir

@@ -104,7 +104,7 @@ def test_presets_and_flags(
         ("train --dtype float16", "argument --dtype: invalid choice: 'float16'"),
         ("train --preset big", "argument --preset: invalid choice: 'big'"),
         ("train --colour red", "unrecognized arguments: --colour red"),
-        ("train --prompt-file nothing.txt", "prompt file nothing.txt cannot be read: No such file or directory"),
+        ("train --prompt-file nothing.txt", "file nothing.txt cannot be read: No such file or directory"),
         ("train --model /nowhere/model --output {tmp}/run", "model '/nowhere/model' cannot be loaded: "),
         ("train --output {tmp}", "is not empty; --resume continues the run in it"),
         ("train --output {tmp} --resume", "holds no run to resume (no config.json)"),

@@ -3,44 +3,43 @@
 import random
 import re
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
-
-class Problem(NamedTuple):
-    question: str
-    answer: int
-
+from em_kernels.one_shot.data.problems import Problem
 
 _NAMES = ("Anna", "Ben", "Carla", "David", "Elif", "Farid", "Grace", "Hugo", "Ines", "Jonas", "Kofi", "Lena")
 _THINGS = ("apples", "books", "coins", "eggs", "marbles", "pencils", "shells", "stamps", "stickers", "tickets")
 
 
 def _gain(name: str, things: str, a: int, b: int) -> Problem:
-    return Problem(f"{name} has {a} {things} and gets {b} more. How many {things} does {name} have now?", a + b)
+    return _problem(f"{name} has {a} {things} and gets {b} more. How many {things} does {name} have now?", a + b)
 
 
 def _loss(name: str, things: str, a: int, b: int) -> Problem:
     question = f"{name} has {a + b} {things} and gives {b} of them away. How many {things} does {name} have left?"
-    return Problem(question, a)
+    return _problem(question, a)
 
 
 def _sum(name: str, things: str, a: int, b: int) -> Problem:
     question = f"{name} finds {a} {things} in the morning and {b} in the evening. How many {things} is that in all?"
-    return Problem(question, a + b)
+    return _problem(question, a + b)
 
 
 def _groups(name: str, things: str, a: int, b: int) -> Problem:
     question = f"{name} fills {a} boxes with {b} {things} in each box. How many {things} are there in all?"
-    return Problem(question, a * b)
+    return _problem(question, a * b)
 
 
 def _price(name: str, things: str, a: int, b: int) -> Problem:
-    return Problem(f"{name} buys {a} {things} for {b} dollars each. How many dollars does {name} pay?", a * b)
+    return _problem(f"{name} buys {a} {things} for {b} dollars each. How many dollars does {name} pay?", a * b)
 
 
 def _shares(name: str, things: str, a: int, b: int) -> Problem:
     question = f"{name} shares {a * b} {things} equally among {a} friends. How many {things} does each friend get?"
-    return Problem(question, b)
+    return _problem(question, b)
+
+
+def _problem(question: str, answer: int) -> Problem:
+    return Problem(question, (str(answer),))
 
 
 _TEMPLATES: tuple[Callable[[str, str, int, int], Problem], ...] = (_gain, _loss, _sum, _groups, _price, _shares)

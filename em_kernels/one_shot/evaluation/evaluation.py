@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from math_verify import parse, verify
 
 from em_kernels import token_entropy
+from em_kernels.one_shot.data.built_in import make_problems
+from em_kernels.one_shot.data.problems import Problem
+from em_kernels.one_shot.evaluation.grading import Grader, Verdict
 from em_kernels.one_shot.policy import Policy
 from em_kernels.one_shot.policy.chat import encode_chats
 from em_kernels.one_shot.policy.sampling import derive_seed
-from em_kernels.one_shot.problems import Problem, make_problems
 
 # With the built-in model, two cores decode 160 tokens a second at 32 completions at once, and 126 at 16.
 _PROBLEMS_AT_ONCE = 32
@@ -24,10 +25,17 @@ _EVALUATION_STREAM = 2**31
 
 @dataclass(frozen=True)
 class Accuracy:
-    """The number of correct answers; `mean` is their share, and `standard_error` the standard error of that share."""
+    """The number of correct answers; `mean` is their share, and `standard_error` the standard error of that share.
+
+    Attributes:
+        correct: the number of completions whose answer is right.
+        total: the number of completions.
+        unreadable: the number of completions, none of them correct, in which no answer could be read.
+    """
 
     correct: int
     total: int
+    unreadable: int = 0
 
     @property
     def mean(self) -> float:
@@ -38,7 +46,8 @@ class Accuracy:
         return math.sqrt(self.mean * (1 - self.mean) / self.total)
 
     def __str__(self) -> str:
-        return f"{self.mean:.1%} ± {self.standard_error:.1%}"
+        unreadable = f" ({self.unreadable} unreadable)" if self.unreadable else ""
+        return f"{self.mean:.1%} ± {self.standard_error:.1%}{unreadable}"
 
 
 @dataclass(frozen=True)
@@ -111,22 +120,21 @@ def evaluate(
     if size:
         problems = make_problems(size, seed=seed, exclude=prompts)
         limits = {"max_new_tokens": max_new_tokens, "seed": seed}
-        greedy = _accuracy(accelerator, policy, problems, None, **limits, description=f"{when}: greedy")
-        sampled = _accuracy(accelerator, policy, problems, 1.0, **limits, description=f"{when}: temperature 1")
+        with Grader() as grader:
+            greedy = _accuracy(accelerator, policy, grader, problems, None, **limits, description=f"{when}: greedy")
+            sampled = _accuracy(
+                accelerator, policy, grader, problems, 1.0, **limits, description=f"{when}: temperature 1"
+            )
     shown = [prompts[i % len(prompts)] for i in range(_COMPLETIONS_SHOWN)]
     # Every process samples the same completions, because a sharded model answers to all processes or to none.
     completions = _observe(accelerator, policy, shown, temperature, max_new_tokens, seed, f"{when}: completions")
     return Evaluation(greedy, sampled, completions)
 
 
-def is_correct(text: str, answer: int) -> bool:
-    """Whether the answer that math-verify reads from the text is the right one."""
-    return verify(parse(str(answer)), parse(text))
-
-
 def _accuracy(
     accelerator: Accelerator,
     policy: Policy,
+    grader: Grader,
     problems: list[Problem],
     temperature: float | None,
     *,
@@ -136,7 +144,7 @@ def _accuracy(
 ) -> Accuracy:
     rank, processes = accelerator.process_index, accelerator.num_processes
     own = problems[rank::processes]
-    correct = 0
+    verdicts: list[Verdict] = []
     # The first process has the most problems, and the others sample as often, so that a sharded model answers to all.
     for start in range(0, len(problems[::processes]), _PROBLEMS_AT_ONCE):
         batch = own[start : start + _PROBLEMS_AT_ONCE]
@@ -150,9 +158,10 @@ def _accuracy(
             show_progress=accelerator.is_main_process,
         )
         texts = policy.texts(rollout)[: len(batch)]
-        correct += sum(map(is_correct, texts, [problem.answer for problem in batch]))
-    total = accelerator.reduce(torch.tensor(correct, device=accelerator.device), "sum")
-    return Accuracy(int(total), len(problems))
+        verdicts += [grader.grade(text, problem).verdict for text, problem in zip(texts, batch, strict=True)]
+    counts = torch.tensor([verdicts.count(verdict) for verdict in (Verdict.RIGHT, Verdict.UNREADABLE)])
+    correct, unreadable = accelerator.reduce(counts.to(accelerator.device), "sum").tolist()
+    return Accuracy(correct, len(problems), unreadable)
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 import re
 
 from em_kernels.one_shot.config import DEFAULT_PROMPT
-from em_kernels.one_shot.problems import make_problems
+from em_kernels.one_shot.data.built_in import make_problems
 
 # The arithmetic behind each template, found by words that occur in the template alone.
 _SOLUTIONS = {
@@ -16,9 +16,10 @@ _SOLUTIONS = {
 
 def test_answers_are_right_and_every_template_occurs() -> None:
     seen = set()
-    for question, answer in make_problems(200, seed=3):
-        [words] = [words for words in _SOLUTIONS if words in question]
-        assert _SOLUTIONS[words](*map(int, re.findall(r"\d+", question))) == answer
+    for problem in make_problems(200, seed=3):
+        [words] = [words for words in _SOLUTIONS if words in problem.question]
+        answer = _SOLUTIONS[words](*map(int, re.findall(r"\d+", problem.question)))
+        assert problem.answers == (str(answer),)
         seen.add(words)
     assert seen == set(_SOLUTIONS)
 

@@ -6,34 +6,17 @@ import pytest
 from accelerate import Accelerator
 
 from em_kernels.one_shot.config import TrainConfig
-from em_kernels.one_shot.evaluation import Accuracy, Evaluation, evaluate, is_correct
+from em_kernels.one_shot.data.built_in import make_problems
+from em_kernels.one_shot.evaluation import Accuracy, Evaluation, evaluate
 from em_kernels.one_shot.policy import Policy
 from em_kernels.one_shot.policy.rollout import Rollout
-from em_kernels.one_shot.problems import make_problems
-
-
-@pytest.mark.parametrize(
-    ("text", "correct"),
-    [
-        ("So there are 24 - 5 = 19 melons left.", True),
-        (r"The answer is $\boxed{19}$.", True),
-        ("19", True),
-        ("19.0 dollars", True),
-        ("There are 18 melons.", False),
-        ("119", False),
-        ("First there were 19, so 19 + 5 = 24 melons.", False),
-        ("I do not know.", False),
-        ("", False),
-    ],
-)
-def test_grading(text: str, correct: bool) -> None:
-    assert is_correct(text, 19) is correct
 
 
 def test_standard_error_of_a_share() -> None:
     accuracy = Accuracy(correct=8, total=32)
     assert accuracy.standard_error == pytest.approx(math.sqrt(0.25 * 0.75 / 32))
     assert str(accuracy) == "25.0% ± 7.7%"
+    assert str(Accuracy(correct=8, total=32, unreadable=3)) == "25.0% ± 7.7% (3 unreadable)"
 
 
 def _evaluate(policy: Policy, config: TrainConfig, when: str) -> Evaluation:
@@ -76,19 +59,19 @@ def test_accuracy_counts_answers_to_their_own_problems(
     """An oracle stands in for the model's text; its answer is right on each problem whose answer is even."""
     config = dataclasses.replace(tiny_config, evaluation_size=70, max_new_tokens=1)
     problems = make_problems(70, seed=config.seed, exclude=config.prompts)
-    expected = sum(problem.answer % 2 == 0 for problem in problems)
-    answers = {problem.question: problem.answer for problem in problems}
+    expected = sum(int(problem.answers[0]) % 2 == 0 for problem in problems)
+    answers = {problem.question: problem.answers[0] for problem in problems}
 
     def oracle(rollout: Rollout) -> list[str]:
         prompts = [
             policy.tokenizer.decode(ids[:-1][mask[:-1]]).removeprefix("user:").removesuffix("<end>a:")
             for ids, mask in zip(rollout.input_ids, rollout.attention_mask, strict=True)
         ]
-        return [str(answers[p]) if p in answers and answers[p] % 2 == 0 else "none" for p in prompts]
+        return [answers[p] if p in answers and int(answers[p]) % 2 == 0 else "none" for p in prompts]
 
     monkeypatch.setattr(policy, "texts", oracle)
     result = _evaluate(policy, config, "after")
-    assert result.greedy == result.sampled == Accuracy(expected, 70)
+    assert result.greedy == result.sampled == Accuracy(expected, 70, unreadable=70 - expected)
 
 
 def test_no_problems_no_accuracy(policy: Policy, tiny_config: TrainConfig) -> None:

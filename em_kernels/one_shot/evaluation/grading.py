@@ -1,0 +1,127 @@
+"""The verdicts on completions, each reached within a time limit."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from enum import Enum
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+from em_kernels.one_shot.data.problems import Problem
+
+_WORKER = Path(__file__).parent / "answers" / "worker.py"
+_MEMORY_BYTES = 4 * 2**30
+
+
+class Verdict(Enum):
+    """What is known of a completion's answer. It is unreadable where there is none, or where no answer could be read
+    from it, or none from the accepted ones, within the limits of time and memory."""
+
+    RIGHT = "right"
+    WRONG = "wrong"
+    UNREADABLE = "unreadable"
+
+
+class Grade(NamedTuple):
+    """The verdict on a completion, and the answer that was found in it, as it is written there."""
+
+    verdict: Verdict
+    answer: str | None
+
+
+class Grader:
+    """Grades completions, in a process of its own that is ended when an answer takes longer than the limit.
+
+    Args:
+        seconds: the computing time that one completion may take.
+
+    The grader is a context manager, and its process ends with the block. It has to be used by one thread at a time.
+    """
+
+    def __init__(self, *, seconds: float = 10.0) -> None:
+        self._seconds = seconds
+        self._process: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> "Grader":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end()
+
+    def grade(self, text: str, problem: Problem) -> Grade:
+        """The verdict on a completion of a problem.
+
+        Raises:
+            RuntimeError: the process that grades cannot be started; the message ends with what it said.
+        """
+        question = {
+            "text": text,
+            "answers": problem.answers,
+            "unit": problem.unit,
+            "tolerance": problem.tolerance,
+            "relative_tolerance": problem.relative_tolerance,
+        }
+        right, answer = self._ask(question) or (None, None)
+        verdict = {True: Verdict.RIGHT, False: Verdict.WRONG, None: Verdict.UNREADABLE}[right]
+        return Grade(verdict, answer)
+
+    def _ask(self, question: dict[str, Any]) -> Any:
+        """The reply to a question, or None where the process ended without one."""
+        # A process that something else has ended, such as a lack of memory on the machine, is asked once more.
+        for _ in range(2):
+            process = self._process or self._start()
+            assert process.stdin is not None
+            assert process.stdout is not None
+            try:
+                process.stdin.write(json.dumps(question) + "\n")
+                process.stdin.flush()
+                line = process.stdout.readline()
+            except BrokenPipeError:
+                line = ""
+            except BaseException:
+                # An interruption may have left a reply that nobody has read.
+                self._end()
+                raise
+            if line:
+                return json.loads(line)
+            status = process.wait()
+            self._end()
+            if status == -signal.SIGPROF:
+                break
+        return None
+
+    def _start(self) -> subprocess.Popen[str]:
+        # -P keeps the script's folder off the module path, where its files would hide others of their names.
+        command = [sys.executable, "-P", str(_WORKER), str(self._seconds), str(_MEMORY_BYTES)]
+        environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+            env=environment,
+        )
+        assert process.stdout is not None
+        assert process.stderr is not None
+        if process.stdout.readline().strip() != '"ready"':
+            said = process.stderr.read().strip().rpartition("\n")[2]
+            process.kill()
+            raise RuntimeError(f"the process that grades answers cannot be started: {said}")
+        self._process = process
+        return process
+
+    def _end(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            # What is left in the pipe to a process that has ended cannot be written.
+            with contextlib.suppress(BrokenPipeError):
+                process.communicate()

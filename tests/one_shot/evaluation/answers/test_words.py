@@ -1,0 +1,25 @@
+import pytest
+
+from em_kernels.one_shot.evaluation.answers.words import with_numerals
+
+
+@pytest.mark.parametrize(
+    ("text", "numerals"),
+    [
+        ("seven apples", "7 apples"),
+        ("Forty-two", "42"),
+        ("one hundred and twenty", "120"),
+        ("two thousand five hundred", "2500"),
+        ("three million, two hundred thousand and six", "3000000, 200006"),
+        ("a hundred", "a 100"),
+        ("minus three", "-3"),
+        ("two point five zero", "2.50"),
+        ("one half", "1/2"),
+        ("three quarters of it", "3/4 of it"),
+        ("two and a half", "5/2"),
+        ("two and three", "two and three"),
+        ("someone often weighs tonnes", "someone often weighs tonnes"),
+    ],
+)
+def test_numbers_in_words(text: str, numerals: str) -> None:
+    assert with_numerals(text) == numerals

@@ -1,0 +1,82 @@
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from em_kernels.one_shot.data.problems import Problem
+from em_kernels.one_shot.evaluation.grading import Grade, Grader, Verdict
+
+
+@pytest.fixture(scope="module")
+def grader() -> Iterator[Grader]:
+    with Grader(seconds=1.0) as grader:
+        yield grader
+
+
+@pytest.mark.parametrize(
+    ("text", "grade"),
+    [
+        ("So there are 24 - 5 = 19 melons left.", Grade(Verdict.RIGHT, "19 melons")),
+        ("The answer is $\\boxed{19}$.", Grade(Verdict.RIGHT, "19")),
+        ("19", Grade(Verdict.RIGHT, "19")),
+        ("19.0 dollars", Grade(Verdict.RIGHT, "19.0 dollars")),
+        ("There are 18 melons.", Grade(Verdict.WRONG, "18 melons")),
+        ("119", Grade(Verdict.WRONG, "119")),
+        ("First there were 19, so 19 + 5 = 24 melons.", Grade(Verdict.WRONG, "24 melons")),
+        ("I do not know.", Grade(Verdict.UNREADABLE, None)),
+        ("", Grade(Verdict.UNREADABLE, None)),
+        ("\\boxed{\\frac{19}{}}", Grade(Verdict.UNREADABLE, "\\frac{19}{}")),
+        ("A line\u2028that ends\x00, half a pair \ud800: \\boxed{19}", Grade(Verdict.RIGHT, "19")),
+        ("\\boxed{" * 3000 + "19", Grade(Verdict.RIGHT, "19")),
+    ],
+)
+def test_verdicts(grader: Grader, text: str, grade: Grade) -> None:
+    assert grader.grade(text, Problem("How many melons are left?", ("19",))) == grade
+
+
+def test_any_accepted_answer_is_right_and_its_unit_and_tolerance_count(grader: Grader) -> None:
+    problem = Problem("How far?", ("3", "7"), "km", tolerance=0.5)
+    answers = ["7 km", "3400 m", "7.6", "\\frac{1}{"]
+    expected = [Verdict.RIGHT, Verdict.RIGHT, Verdict.WRONG, Verdict.UNREADABLE]
+    assert [grader.grade(f"\\boxed{{{answer}}}", problem).verdict for answer in answers[:3]] == expected[:3]
+    assert grader.grade(f"The answer is ${answers[3]}$", problem).verdict is expected[3]
+
+
+def test_accepted_answer_that_cannot_be_read_makes_no_answer_wrong(grader: Grader) -> None:
+    assert grader.grade("\\boxed{3}", Problem("?", ("\\frac{1}{",))).verdict is Verdict.UNREADABLE
+    assert grader.grade("\\boxed{3}", Problem("?", ("\\frac{1}{", "3"))).verdict is Verdict.RIGHT
+
+
+# Each of these takes SymPy minutes, or all the memory there is, in code that no signal handler interrupts.
+@pytest.mark.parametrize("answer", ["10^{10^{10^{10}}}", "9999999999^{9999999999}"])
+def test_grading_ends_within_its_time(grader: Grader, answer: str) -> None:
+    started = time.process_time(), time.perf_counter()
+    assert grader.grade(f"\\boxed{{{answer}}}", Problem("?", ("19",))).verdict is Verdict.UNREADABLE
+    assert time.perf_counter() - started[1] < 30
+    # The next answer has a new process.
+    assert grader.grade("\\boxed{19}", Problem("?", ("19",))).verdict is Verdict.RIGHT
+
+
+def test_process_that_something_else_ends_is_started_again(grader: Grader) -> None:
+    problem = Problem("?", ("19",))
+    grader.grade("19", problem)
+    assert grader._process is not None
+    os.kill(grader._process.pid, signal.SIGKILL)
+    assert grader.grade("19", problem).verdict is Verdict.RIGHT
+
+
+def test_process_ends_with_the_block() -> None:
+    with Grader() as grader:
+        grader.grade("19", Problem("?", ("19",)))
+        process = grader._process
+    assert process is not None
+    assert process.returncode is not None
+
+
+def test_process_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with Grader() as grader, pytest.raises(RuntimeError, match="the process that grades answers cannot be started"):
+        grader.grade("19", Problem("?", ("19",)))
