@@ -1,0 +1,5 @@
+import sys
+
+from em_kernels.cli.main import main
+
+sys.exit(main())

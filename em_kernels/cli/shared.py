@@ -1,0 +1,29 @@
+"""What several commands share: imports that a user may lack, and notes on standard error."""
+
+import importlib
+import os
+import sys
+
+from em_kernels.one_shot.errors import UsageError
+
+
+def import_quietly() -> None:
+    """Imports the training stack, and silences the notes of Transformers on settings that are chosen on purpose.
+
+    Raises:
+        UsageError: a package is not installed.
+    """
+    try:
+        for package in ("accelerate", "math_verify", "matplotlib", "tqdm", "transformers"):
+            importlib.import_module(package)
+    except ImportError as error:
+        raise UsageError(
+            f"{error.name} is not installed; the command needs pip install 'em_kernels[one-shot]'"
+        ) from None
+    sys.modules["transformers"].logging.set_verbosity_error()
+
+
+def print_note(line: str) -> None:
+    # Of the processes that `accelerate launch` starts, the first one speaks.
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {line}", file=sys.stderr)
