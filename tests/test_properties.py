@@ -100,11 +100,12 @@ def test_linear_loss_and_gradients_match_the_reference(implementation):
         assert_entropy(loss, expected)
         g, h = g.reshape(-1, g.shape[-1]), hidden.double().reshape(-1, hidden.shape[-1])
         largest = g.abs().amax(-1, keepdim=True).expand_as(g)
-        for leaf, exact, size in (
-            (leaves[0], g @ weight.double(), largest @ weight.double().abs()),
-            (leaves[1], g.T @ h, largest.T @ h.abs()),
+        for leaf, exact, size, terms in (
+            (leaves[0], g @ weight.double(), largest @ weight.double().abs(), g.shape[1]),
+            (leaves[1], g.T @ h, largest.T @ h.abs(), g.shape[0]),
         ):
             error = (leaf.grad.cpu().double().reshape(exact.shape) - exact).abs()
-            assert (error <= 3e-6 * size + 1e-30).all()
+            # A BLAS may add the terms of a product one after another, and then its rounding errors walk at random.
+            assert (error <= (1e-6 + 1.2e-7 * terms**0.5) * size + 1e-30).all()
 
     check()
