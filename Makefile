@@ -4,12 +4,15 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test quick bench lint clean
+.PHONY: demo test coverage quick bench lint clean
 
 demo: $(VENV)/ready  ## one-shot entropy minimisation of a real 135M model, four minutes on two cores
 	$(BIN)/em-kernels train --preset demo
 
 test: $(VENV)/ready  ## the whole test suite; GPU tests run where there is a GPU
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+coverage: $(VENV)/ready  ## the same, with the lines that no test runs; watching kernels run by the interpreter takes as long again
 	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term-missing:skip-covered
 
 quick: lint  ## while working on the code: lint, types, and the tests that are not slow, about three minutes on two cores
