@@ -22,7 +22,7 @@ from em_kernels.one_shot.evaluation import evaluate
 from em_kernels.one_shot.evaluation.grading import Grader, Verdict
 from em_kernels.one_shot.policy import Policy
 from em_kernels.one_shot.policy.model import load_model
-from em_kernels.one_shot.run_folder import RunFolder
+from em_kernels.one_shot.runs.folder import RunFolder
 from em_kernels.one_shot.training import train
 
 parser = argparse.ArgumentParser()

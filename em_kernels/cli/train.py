@@ -87,7 +87,7 @@ def _train(
     config = dataclasses.replace(PRESETS[preset], **settings)
 
     import_quietly()
-    from em_kernels.one_shot.run_folder import default_run_folder
+    from em_kernels.one_shot.runs.folder import default_run_folder
     from em_kernels.one_shot.training import train
 
     train(config, output or default_run_folder(preset, resume=resume), resume=resume, state_every=state_every)

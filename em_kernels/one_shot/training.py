@@ -22,7 +22,6 @@ from em_kernels.one_shot import sharding
 from em_kernels.one_shot.config import TrainConfig
 from em_kernels.one_shot.errors import UsageError
 from em_kernels.one_shot.evaluation import Evaluation, evaluate
-from em_kernels.one_shot.files import failing_as_os_error, removed_on_failure
 from em_kernels.one_shot.objective import accumulate_gradient
 from em_kernels.one_shot.optimizer import make_optimizer
 from em_kernels.one_shot.policy import Policy
@@ -31,12 +30,13 @@ from em_kernels.one_shot.policy.chat import encode_chats
 from em_kernels.one_shot.policy.model import BUILT_IN, checkpoint_activations, load_model
 from em_kernels.one_shot.policy.rollout import Rollout
 from em_kernels.one_shot.policy.sampling import check_context, derive_seed
-from em_kernels.one_shot.report import accuracy_line, collapse_line, draw_report, step_line, write_completions
-from em_kernels.one_shot.run_folder import RunFolder
+from em_kernels.one_shot.runs.files import failing_as_os_error, removed_on_failure
+from em_kernels.one_shot.runs.folder import RunFolder
+from em_kernels.one_shot.runs.pictures import accuracy_line, collapse_line, draw_report, step_line, write_completions
 
 
 def train(config: TrainConfig, output: str | Path, *, resume: bool = False, state_every: int = 1) -> None:
-    """Trains a model by one-shot entropy minimisation and leaves the run in a folder, described in `run_folder`.
+    """Trains a model by one-shot entropy minimisation and leaves the run in a folder, described in `runs.folder`.
 
     Under `accelerate launch`, every process calls this function. A run may be interrupted at any moment. If it is
     resumed with the same settings and number of processes, it ends on the CPU with the same parameters, bit for bit, as

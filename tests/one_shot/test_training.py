@@ -23,7 +23,7 @@ from em_kernels.one_shot.errors import UsageError
 from em_kernels.one_shot.policy import Policy
 from em_kernels.one_shot.policy.model import load_model
 from em_kernels.one_shot.policy.rollout import Rollout
-from em_kernels.one_shot.run_folder import RunFolder, default_run_folder
+from em_kernels.one_shot.runs.folder import RunFolder, default_run_folder
 from em_kernels.one_shot.training import train
 
 pytestmark = pytest.mark.slow
@@ -188,7 +188,7 @@ def _killed(config: TrainConfig, output: Path, patch: str) -> None:
     program = f"""
 import os, signal, torch
 from pathlib import Path
-from em_kernels.one_shot import training, run_folder
+from em_kernels.one_shot import training
 from em_kernels.one_shot.config import TrainConfig
 from em_kernels.one_shot.policy.model import load_model
 

@@ -15,8 +15,8 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from em_kernels.one_shot.evaluation import Completion, Evaluation
-from em_kernels.one_shot.files import whole_or_absent, write_text
 from em_kernels.one_shot.metrics import DECIDED
+from em_kernels.one_shot.runs.files import whole_or_absent, write_text
 
 # With at least this share of decided tokens, a step has next to no entropy left to lower.
 _COLLAPSED = 0.9

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from em_kernels.one_shot.config import TrainConfig
 from em_kernels.one_shot.errors import UsageError
-from em_kernels.one_shot.files import remove_unfinished, unfinished, write_text
 from em_kernels.one_shot.policy.model import save_model
+from em_kernels.one_shot.runs.files import remove_unfinished, unfinished, write_text
 
 
 class RunFolder:
