@@ -18,7 +18,7 @@ def _reference(values: np.ndarray) -> tuple[float, float, float, float]:
 @pytest.mark.parametrize("offset", [0.0, 1e4])
 def test_parts_give_the_moments_of_the_whole(offset: float) -> None:
     random = np.random.default_rng(0)
-    parts = [random.gamma(2.0, size) for size in (1, 2, 1000, 3, 5000)]
+    parts = [random.gamma(2.0, size=size) for size in (1, 2, 1000, 3, 5000)]
     parts = [part * scale + offset for part, scale in zip(parts, (1, 5, 2, 0.1, 1), strict=True)]
     streamed = Moments()
     for part in parts:
