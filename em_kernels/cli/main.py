@@ -6,10 +6,10 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from em_kernels.cli import analyze, bench, info, train
+from em_kernels.cli import analyze, bench, info, report, train
 from em_kernels.one_shot.errors import UsageError
 
-_COMMANDS = (train, analyze, bench, info)
+_COMMANDS = (train, analyze, report, bench, info)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
