@@ -7,13 +7,13 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from em_kernels.cli import analyze, bench, info, train
+from em_kernels.cli import analyze, bench, evaluate, info, report, select, train
 from em_kernels.one_shot.errors import UsageError
 from em_kernels.one_shot.interruption import Interrupted, Interruption
 
-_COMMANDS = (train, analyze, bench, info)
+_COMMANDS = (select, train, evaluate, analyze, report, bench, info)
 # These keep what they have done and take --resume.
-_RESUMABLE = ("train", "select", "evaluate", "sweep")
+_RESUMABLE = ("select", "train", "evaluate", "sweep")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
