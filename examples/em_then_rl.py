@@ -22,7 +22,7 @@ from em_kernels.one_shot.evaluation import evaluate
 from em_kernels.one_shot.evaluation.grading import Grader, Verdict
 from em_kernels.one_shot.policy import Policy
 from em_kernels.one_shot.policy.model import load_model
-from em_kernels.one_shot.run_folder import RunFolder
+from em_kernels.one_shot.runs.folder import RunFolder
 from em_kernels.one_shot.training import train
 
 parser = argparse.ArgumentParser()
@@ -72,10 +72,14 @@ def reinforce(model: str | None, name: str) -> str:
 
     grader = Grader()
 
-    def right_answer(prompts, completions, answer, **_):
+    def right_answer(prompts, completions, completion_ids, answer, **_):
         grades = [
-            grader.grade(turns[-1]["content"], Problem(question[-1]["content"], (right,)))
-            for question, turns, right in zip(prompts, completions, answer, strict=True)
+            grader.grade(
+                turns[-1]["content"],
+                Problem(question[-1]["content"], (right,)),
+                truncated=ids[-1] != tokenizer.eos_token_id,
+            )
+            for question, turns, ids, right in zip(prompts, completions, completion_ids, answer, strict=True)
         ]
         return [float(grade.verdict is Verdict.RIGHT) for grade in grades]
 

@@ -30,7 +30,7 @@ from em_kernels.one_shot.objective import accumulate_gradient
 from em_kernels.one_shot.optimizer import make_optimizer
 from em_kernels.one_shot.policy import Policy
 from em_kernels.one_shot.policy.rollout import Rollout
-from em_kernels.one_shot.run_folder import RunFolder
+from em_kernels.one_shot.runs.folder import RunFolder
 
 pytestmark = pytest.mark.slow
 

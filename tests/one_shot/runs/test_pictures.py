@@ -6,7 +6,7 @@ import pytest
 from matplotlib import image
 
 from em_kernels.one_shot.evaluation import Accuracy, Completion, Evaluation
-from em_kernels.one_shot.report import (
+from em_kernels.one_shot.runs.pictures import (
     _COLUMNS,
     _ROWS,
     _layout,

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from em_kernels.one_shot.files import remove_unfinished, whole_or_absent, write_text
+from em_kernels.one_shot.runs.files import remove_unfinished, whole_or_absent, write_text
 
 
 def test_file_replaces_the_earlier_one(tmp_path: Path) -> None:

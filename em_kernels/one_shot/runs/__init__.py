@@ -1,0 +1,1 @@
+"""What a run leaves: `folder` (its files), `files` (whole or absent), `pictures` (what a person looks at)."""
