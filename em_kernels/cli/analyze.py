@@ -25,6 +25,11 @@ def add_parser(commands: Any) -> None:
         _add_output(parser, name)
         parser.set_defaults(run=_models)
 
+    calibration = kinds.add_parser("calibration", help="how reliable votes and log-probabilities are")
+    calibration.add_argument("files", nargs="+", type=Path, metavar="FILE", help="completions.jsonl of evaluate")
+    _add_output(calibration, "calibration")
+    calibration.set_defaults(run=_calibration)
+
 
 def _add_models(parser: Any) -> None:
     parser.add_argument("models", nargs="+", metavar="MODEL", help="name or folder of a model, or built-in")
@@ -91,6 +96,25 @@ def _models(
     analysis.draw(output / f"{kind}.png", measured)
     text = ", ".join(f"{name} {value}" for name, value in {**settings, **versions()}.items())
     _finish(output, kind, [*analysis.describe(measured), "", f"Settings: {text.replace('_', ' ')}."])
+
+
+def _calibration(kind: str, files: Sequence[Path], output: Path) -> None:
+    import_quietly()
+    from em_kernels.one_shot.analysis.calibration_page import (
+        calibrate,
+        calibration_lines,
+        describe_calibration,
+        draw_calibration,
+    )
+    from em_kernels.one_shot.evaluation.grading import Grader
+    from em_kernels.one_shot.runs.files import write_text
+
+    with Grader() as grader:
+        cells = calibrate(files, grader.same)
+    output.mkdir(parents=True, exist_ok=True)
+    write_text(output / "calibration.jsonl", calibration_lines(cells))
+    draw_calibration(output / "calibration.png", cells)
+    _finish(output, "calibration", describe_calibration(cells))
 
 
 def _prompts(prompt: Sequence[str] | None, path: Path | None, limit: int) -> tuple[list[str], str]:
