@@ -6,10 +6,11 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from em_kernels.cli import analyze, bench, info, report, train
+from em_kernels.cli import analyze, bench, evaluate, info, report, select, train
 from em_kernels.one_shot.errors import UsageError
 
-_COMMANDS = (train, analyze, report, bench, info)
+_RESUMABLE = ("select", "train", "evaluate")
+_COMMANDS = (select, train, evaluate, analyze, report, bench, info)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         again = arguments if "--resume" in arguments else [*arguments, "--resume"]
-        resume = f"; go on with: em-kernels {shlex.join(again)}" if command == "train" else ""
+        resume = f"; go on with: em-kernels {shlex.join(again)}" if command in _RESUMABLE else ""
         print(f"\nem-kernels {command}: interrupted{resume}", file=sys.stderr)
         return 130
     return 0
