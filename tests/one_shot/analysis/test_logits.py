@@ -50,10 +50,13 @@ def test_the_command_compares_models(tiny_folder: Path, tmp_path: Path, capsys: 
     options = ["--task", str(prompts), "--limit", "2", "--max-new-tokens", "4", "--output", str(output)]
     assert main(["analyze", "logits", str(tiny_folder), str(other), *options]) == 0
     first, second = (json.loads(line) for line in (output / "logits.jsonl").read_text().splitlines())
-    assert (first["model"], second["model"]) == (str(tiny_folder), str(other))
+    assert (first["model"], second["model"]) == (tiny_folder.name, f"{tiny_folder.name}-2")
     assert first["skewness"] == second["skewness"]
     assert first["values"] == 257 * first["positions"]
-    assert first["prompts"] == f"2 of {prompts}"
+    settings = json.loads((output / "config.json").read_text())
+    assert settings["prompts"] == f"2 of {prompts}"
+    assert settings["models"][second["model"]] == str(other)
+    assert "torch" in settings["versions"]
     text = (output / "logits.md").read_text()
     assert text in capsys.readouterr().out
     assert f"{first['skewness']:.3f}" in text
@@ -64,10 +67,13 @@ def test_the_command_compares_models(tiny_folder: Path, tmp_path: Path, capsys: 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--limit", "0"], "limit is 0, expected an integer of at least 1"),
-        (["--max-new-tokens", "0"], "max_new_tokens is 0, expected an integer of at least 1"),
-        (["--temperature", "-1"], "temperature is -1.0, expected a finite number above 0"),
-        (["--prompt-file", "none.csv"], "file none.csv cannot be read: No such file or directory"),
+        (["--task", "none.csv"], "file none.csv cannot be read: No such file or directory"),
+        (
+            ["--prompt-file", "none.md"],
+            "prompt file none.md ends in '.md', expected .txt, .jsonl, .json, .csv, .parquet",
+        ),
+        (["--prompt", "2+2?", "--prompt", ""], "a prompt is empty, expected a text"),
+        (["--max-new-tokens", "999"], "the longest prompt has"),
     ],
 )
 def test_bad_input_is_one_line(
@@ -75,7 +81,9 @@ def test_bad_input_is_one_line(
 ) -> None:
     output = tmp_path / "output"
     assert main(["analyze", "logits", str(tiny_folder), *options, "--output", str(output)]) == 2
-    assert capsys.readouterr().err == f"em-kernels analyze: error: {message}\n"
+    error = capsys.readouterr().err
+    assert error.startswith(f"em-kernels analyze: error: {message}")
+    assert error.count("\n") == 1
     assert not output.exists()
 
 
