@@ -2,21 +2,25 @@
 
 import argparse
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
 from em_kernels.cli import analyze, bench, evaluate, info, report, select, train
 from em_kernels.one_shot.errors import UsageError
+from em_kernels.one_shot.interruption import Interrupted, Interruption
 
-_RESUMABLE = ("select", "train", "evaluate")
 _COMMANDS = (select, train, evaluate, analyze, report, bench, info)
+# These keep what they have done and take --resume.
+_RESUMABLE = ("select", "train", "evaluate", "sweep")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status.
 
-    The status is 2 for an error that the user can do something about, printed as one line, and 130 after Ctrl-C.
+    The status is 2 for an error that the user can do something about, printed as one line. After Ctrl-C it is 130, and
+    after SIGTERM, by which batch systems end a job before they requeue it, 143.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if arguments[:1] == ["bench"]:  # The benchmarks parse their options and print their help themselves.
@@ -24,15 +28,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = vars(_parser().parse_args(arguments))
     command, run = options.pop("command"), options.pop("run")
     try:
-        run(**options)
+        with Interruption():
+            run(**options)
     except (UsageError, OSError) as error:
         print(f"em-kernels {command}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         again = arguments if "--resume" in arguments else [*arguments, "--resume"]
         resume = f"; go on with: em-kernels {shlex.join(again)}" if command in _RESUMABLE else ""
         print(f"\nem-kernels {command}: interrupted{resume}", file=sys.stderr)
-        return 130
+        return 128 + (interrupt.signum if isinstance(interrupt, Interrupted) else signal.SIGINT)
     return 0
 
 
