@@ -4,44 +4,46 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
-from em_kernels.cli import bench, info, train
+from em_kernels.cli import bench, info, sweep, train
+from em_kernels.cli.shared import Parser
 from em_kernels.one_shot.errors import UsageError
 
-_COMMANDS = (train, bench, info)
+_COMMANDS = (train, sweep, bench, info)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status.
 
-    The status is 2 for an error that the user can do something about, printed as one line, and 130 after Ctrl-C.
+    The status is 2 for an error that the user can do something about, printed as one line, 1 if runs of a sweep failed,
+    and 130 after Ctrl-C.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if arguments[:1] == ["bench"]:  # The benchmarks parse their options and print their help themselves.
         return bench.bench(arguments[1:])
-    options = vars(_parser().parse_args(arguments))
+    parser = _parser()
+    known, others = parser.parse_known_args(arguments)
+    options = vars(known)
     command, run = options.pop("command"), options.pop("run")
+    if "train_options" in options:
+        options["train_options"] = others
+    elif others:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
     try:
-        run(**options)
+        status = run(**options)
     except (UsageError, OSError) as error:
         print(f"em-kernels {command}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         again = arguments if "--resume" in arguments else [*arguments, "--resume"]
-        resume = f"; go on with: em-kernels {shlex.join(again)}" if command == "train" else ""
+        resume = f"; go on with: em-kernels {shlex.join(again)}" if command in ("train", "sweep") else ""
         print(f"\nem-kernels {command}: interrupted{resume}", file=sys.stderr)
         return 130
-    return 0
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+    return status or 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="em-kernels", description="Entropy minimisation of language models.")
+    parser = Parser(prog="em-kernels", description="Entropy minimisation of language models.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in _COMMANDS:
         command.add_parser(commands)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from em_kernels.cli.shared import import_quietly, print_note
-from em_kernels.one_shot.config import DTYPES, LOSSES, OPTIMIZERS, PRESETS, TRACKERS
+from em_kernels.one_shot.config import DTYPES, LOSSES, OPTIMIZERS, PRESETS, TRACKERS, TrainConfig
 
 
 def add_parser(commands: Any) -> None:
@@ -70,24 +70,25 @@ def add_parser(commands: Any) -> None:
     how.add_argument("--report-to", choices=TRACKERS, help="tracker beside metrics.jsonl (none)")
 
 
-def _train(
-    preset: str,
-    output: Path | None = None,
-    resume: bool = False,
-    state_every: int = 1,
-    prompt: Sequence[str] = (),
-    prompt_file: Sequence[Path] = (),
-    **settings: Any,
-) -> None:
+def read_config(
+    preset: str, prompt: Sequence[str] = (), prompt_file: Sequence[Path] = (), **others: Any
+) -> TrainConfig:
+    """The settings of a run, from the options that decide them; options that decide none are passed over."""
     from em_kernels.one_shot.data.prompts import read_prompts
 
+    settings = {field.name: others[field.name] for field in dataclasses.fields(TrainConfig) if field.name in others}
     prompts = [*prompt, *(text for path in prompt_file for text in read_prompts(path, note=print_note))]
     if prompts:
         settings["prompts"] = tuple(prompts)
-    config = dataclasses.replace(PRESETS[preset], **settings)
+    return dataclasses.replace(PRESETS[preset], **settings)
 
+
+def _train(**options: Any) -> None:
+    config = read_config(**options)
     import_quietly()
     from em_kernels.one_shot.runs.folder import default_run_folder
     from em_kernels.one_shot.training import train
 
-    train(config, output or default_run_folder(preset, resume=resume), resume=resume, state_every=state_every)
+    resume = options.get("resume", False)
+    output = options.get("output") or default_run_folder(options["preset"], resume=resume)
+    train(config, output, resume=resume, state_every=options["state_every"])
