@@ -117,18 +117,16 @@ def completions_of_the_model(tokens: int) -> Operands:
     """Return the hidden states before the tokens of the built-in model's own completions, and its output projection."""
     from em_kernels import find_head
     from em_kernels.one_shot.policy import Policy
-    from em_kernels.one_shot.policy.chat import encode_chats
     from em_kernels.one_shot.policy.model import load_model
+    from em_kernels.one_shot.policy.sampling import Sampling
 
     model, tokenizer = load_model(None)
     head = find_head(model)
     policy = Policy(model, tokenizer, head)
     batch, length = 32, -(-tokens // 32) + 8
-    chats = encode_chats(tokenizer, [DEFAULT_PROMPT] * batch)
     rollout = policy.sample(
-        chats,
-        temperature=TEMPERATURE,
-        max_new_tokens=length,
+        [DEFAULT_PROMPT] * batch,
+        Sampling(TEMPERATURE, length),
         seed=SEED,
         description="completions",
         show_progress=sys.stderr.isatty(),

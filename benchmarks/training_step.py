@@ -96,12 +96,12 @@ class Step:
     def generate(self, seed: int) -> tuple[Any, float]:
         """Return completions, and the seconds that their generation took."""
         from em_kernels.one_shot.policy import Policy
+        from em_kernels.one_shot.policy.sampling import Sampling
 
         start = self._now()
-        rollout = Policy(self.model, self.tokenizer).sample(
-            self._chats(),
-            temperature=_TEMPERATURE,
-            max_new_tokens=self.c.new_tokens,
+        rollout = Policy(self.model, self.tokenizer).sample_ids(
+            self._prompts(),
+            Sampling(_TEMPERATURE, self.c.new_tokens),
             seed=seed,
             description="generating",
             show_progress=sys.stderr.isatty(),
@@ -155,16 +155,16 @@ class Step:
             ids,
             torch.ones_like(ids, dtype=torch.bool),
             torch.ones(batch, self.c.new_tokens, dtype=torch.bool, device=self.device),
+            torch.ones(batch, dtype=torch.bool, device=self.device),
         )
 
-    def _chats(self) -> dict[str, Tensor]:
+    def _prompts(self) -> list[list[int]]:
         from em_kernels.one_shot.config import DEFAULT_PROMPT
-        from em_kernels.one_shot.policy.chat import encode_chats
+        from em_kernels.one_shot.policy.chat import ChatFormat, encode_prompts
 
         if self.weights == "random":
-            ids = torch.arange(1, 1 + min(_PROMPT_TOKENS, self.head.module.out_features - 1)).expand(self.c.batch, -1)
-            return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        return encode_chats(self.tokenizer, [DEFAULT_PROMPT] * self.c.batch)
+            return [list(range(1, 1 + min(_PROMPT_TOKENS, self.head.module.out_features - 1)))] * self.c.batch
+        return encode_prompts(self.tokenizer, [DEFAULT_PROMPT], ChatFormat()) * self.c.batch
 
     def _now(self) -> float:
         synchronize(self.device)
@@ -219,7 +219,7 @@ def _model(name: str, device: torch.device) -> tuple[Any, Any, str]:
     with device:
         model = AutoModelForCausalLM.from_config(shapes[name], dtype=torch.float32)
     # No text is read or written, so that the tokenizer needs nothing but its special tokens.
-    return model, SimpleNamespace(pad_token_id=0, eos_token_id=None), "random"
+    return model, SimpleNamespace(pad_token_id=0, eos_token_id=None, name_or_path=name), "random"
 
 
 def missing(device: torch.device) -> dict[str, str]:

@@ -72,10 +72,14 @@ def reinforce(model: str | None, name: str) -> str:
 
     grader = Grader()
 
-    def right_answer(prompts, completions, answer, **_):
+    def right_answer(prompts, completions, completion_ids, answer, **_):
         grades = [
-            grader.grade(turns[-1]["content"], Problem(question[-1]["content"], (right,)))
-            for question, turns, right in zip(prompts, completions, answer, strict=True)
+            grader.grade(
+                turns[-1]["content"],
+                Problem(question[-1]["content"], (right,)),
+                truncated=ids[-1] != tokenizer.eos_token_id,
+            )
+            for question, turns, ids, right in zip(prompts, completions, completion_ids, answer, strict=True)
         ]
         return [float(grade.verdict is Verdict.RIGHT) for grade in grades]
 

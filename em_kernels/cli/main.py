@@ -5,11 +5,11 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from em_kernels.cli import bench, info, sweep, train
+from em_kernels.cli import analyze, bench, info, sweep, train
 from em_kernels.cli.shared import Parser
 from em_kernels.one_shot.errors import UsageError
 
-_COMMANDS = (train, sweep, bench, info)
+_COMMANDS = (train, sweep, analyze, bench, info)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

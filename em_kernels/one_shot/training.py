@@ -26,10 +26,9 @@ from em_kernels.one_shot.objective import accumulate_gradient
 from em_kernels.one_shot.optimizer import make_optimizer
 from em_kernels.one_shot.policy import Policy
 from em_kernels.one_shot.policy.adapter import add_adapter, has_adapter, hold_frozen_in
-from em_kernels.one_shot.policy.chat import encode_chats
 from em_kernels.one_shot.policy.model import BUILT_IN, checkpoint_activations, load_model
 from em_kernels.one_shot.policy.rollout import Rollout
-from em_kernels.one_shot.policy.sampling import check_context, derive_seed
+from em_kernels.one_shot.policy.sampling import Sampling, derive_seed
 from em_kernels.one_shot.runs.files import failing_as_os_error, removed_on_failure
 from em_kernels.one_shot.runs.folder import RunFolder
 from em_kernels.one_shot.runs.pictures import accuracy_line, collapse_line, draw_report, step_line, write_completions
@@ -70,7 +69,7 @@ def train(config: TrainConfig, output: str | Path, *, resume: bool = False, stat
 
     with accelerator.main_process_first():
         model, tokenizer = load_model(config.model, trust_remote_code=config.trust_remote_code)
-    check_context(model, encode_chats(tokenizer, list(config.prompts)), config.max_new_tokens)
+    Policy(model, tokenizer).check(config.prompts, config.max_new_tokens)
     if config.lora_rank:
         # Adapters start at random, on every process and after an interruption the same.
         torch.manual_seed(config.seed)
@@ -166,9 +165,8 @@ def _rollout(accelerator: Accelerator, policy: Policy, config: TrainConfig, step
     first = (step - 1) * config.batch_size + accelerator.process_index * own
     prompts = [config.prompts[i % len(config.prompts)] for i in range(first, first + own)]
     return policy.sample(
-        encode_chats(policy.tokenizer, prompts),
-        temperature=config.temperature,
-        max_new_tokens=config.max_new_tokens,
+        prompts,
+        Sampling(config.temperature, config.max_new_tokens),
         seed=derive_seed(config.seed, step, accelerator.process_index),
         description=f"step {step}: generating {own} completions",
         show_progress=accelerator.is_main_process,

@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from em_kernels.one_shot.config import TrainConfig
 from em_kernels.one_shot.policy import Policy
-from em_kernels.one_shot.policy.chat import encode_chats
 from em_kernels.one_shot.policy.rollout import Rollout
+from em_kernels.one_shot.policy.sampling import Sampling
 
 
 @pytest.fixture
@@ -33,8 +33,8 @@ def rollout(policy: Policy) -> Rollout:
     """
     with torch.no_grad():
         policy.model.lm_head.weight[0] *= 2
-    chats = encode_chats(policy.tokenizer, ["1+1?", "a longer one", "x"] * 4)
-    drawn = policy.sample(chats, temperature=0.5, max_new_tokens=10, seed=3, description="", show_progress=False)
+    prompts = ["1+1?", "a longer one", "x"] * 4
+    drawn = policy.sample(prompts, Sampling(0.5, 10), seed=3, description="", show_progress=False)
     lengths = drawn.completion_mask.sum(1)
     assert lengths.min() < 5
     assert lengths.max() == 10

@@ -110,17 +110,13 @@ def test_one_process_with_the_same_completions_agrees(kept: Path, ending_folder:
     assert parts[0].completion_mask.sum() != parts[1].completion_mask.sum()
     # Both are padded on the right to the longer of the two; their prompts have the same width.
     width = max(part.completion_mask.shape[1] for part in parts)
-    joined = Rollout(
-        *(
-            torch.cat(
-                [
-                    torch.nn.functional.pad(getattr(part, name), (0, width - part.completion_mask.shape[1]))
-                    for part in parts
-                ]
-            )
-            for name in ("input_ids", "attention_mask", "completion_mask")
+    padded = {
+        name: torch.cat(
+            [torch.nn.functional.pad(getattr(part, name), (0, width - part.completion_mask.shape[1])) for part in parts]
         )
-    )
+        for name in ("input_ids", "attention_mask", "completion_mask")
+    }
+    joined = Rollout(**padded, truncated=torch.cat([part.truncated for part in parts]))
     stats = accumulate_gradient(
         Accelerator(mixed_precision="no"), Policy(model, None), joined, temperature=0.5, micro_batch_size=6
     )

@@ -14,9 +14,9 @@ from em_kernels.one_shot.config import DEFAULT_PROMPT
 from em_kernels.one_shot.metrics import StepStats
 from em_kernels.one_shot.objective import accumulate_gradient
 from em_kernels.one_shot.policy import Policy
-from em_kernels.one_shot.policy.chat import encode_chats
 from em_kernels.one_shot.policy.model import load_model
 from em_kernels.one_shot.policy.rollout import Rollout
+from em_kernels.one_shot.policy.sampling import Sampling
 
 pytestmark = pytest.mark.slow
 
@@ -26,8 +26,8 @@ TAU = 0.5
 @pytest.fixture(scope="module")
 def real() -> tuple[Any, Rollout]:
     policy = Policy(*load_model(None))
-    chats = encode_chats(policy.tokenizer, [DEFAULT_PROMPT] * 3)
-    rollout = policy.sample(chats, temperature=TAU, max_new_tokens=16, seed=0, description="", show_progress=False)
+    prompts = [DEFAULT_PROMPT] * 3
+    rollout = policy.sample(prompts, Sampling(TAU, 16), seed=0, description="", show_progress=False)
     return policy.model, rollout
 
 

@@ -142,10 +142,16 @@ def test_prompts_are_taken_in_turn(
 ) -> None:
     config = dataclasses.replace(finished[0], prompts=("1", "2", "3", "4"), steps=2, evaluation_size=0)
     asked: list[list[str]] = []
-    encode_chats = training.encode_chats
-    monkeypatch.setattr(training, "encode_chats", lambda t, prompts: asked.append(prompts) or encode_chats(t, prompts))
+    sample = Policy.sample
+
+    def observed(self: Policy, prompts: list[str], *given: Any, **named: Any) -> Rollout:
+        asked.append(prompts)
+        return sample(self, prompts, *given, **named)
+
+    monkeypatch.setattr(Policy, "sample", observed)
     train(config, tmp_path / "run")
-    assert asked[1:] == [["1", "2", "3", "4", "1", "2"], ["3", "4", "1", "2", "3", "4"]]
+    # The completions of the evaluations before and after are sampled as well.
+    assert asked[1:-1] == [["1", "2", "3", "4", "1", "2"], ["3", "4", "1", "2", "3", "4"]]
 
 
 def test_each_step_draws_anew(

@@ -13,8 +13,7 @@ from em_kernels.one_shot.data.built_in import make_problems
 from em_kernels.one_shot.data.problems import Problem
 from em_kernels.one_shot.evaluation.grading import Grader, Verdict
 from em_kernels.one_shot.policy import Policy
-from em_kernels.one_shot.policy.chat import encode_chats
-from em_kernels.one_shot.policy.sampling import derive_seed
+from em_kernels.one_shot.policy.sampling import Sampling, derive_seed
 
 # With the built-in model, two cores decode 160 tokens a second at 32 completions at once, and 126 at 16.
 _PROBLEMS_AT_ONCE = 32
@@ -150,9 +149,8 @@ def _accuracy(
         batch = own[start : start + _PROBLEMS_AT_ONCE]
         asked = batch or problems[:1]
         rollout = policy.sample(
-            encode_chats(policy.tokenizer, [problem.question for problem in asked]),
-            temperature=temperature,
-            max_new_tokens=max_new_tokens,
+            [problem.question for problem in asked],
+            Sampling(temperature, max_new_tokens),
             seed=derive_seed(seed, _EVALUATION_STREAM + start, rank),
             description=f"{description}, problems {start + 1}-{start + len(batch)} of {len(own)}",
             show_progress=accelerator.is_main_process,
@@ -176,9 +174,8 @@ def _observe(
 ) -> list[Completion]:
     """A completion of each prompt, with the entropy of its tokens."""
     rollout = policy.sample(
-        encode_chats(policy.tokenizer, prompts),
-        temperature=temperature,
-        max_new_tokens=max_new_tokens,
+        prompts,
+        Sampling(temperature, max_new_tokens),
         seed=derive_seed(seed, _EVALUATION_STREAM),
         description=description,
         show_progress=accelerator.is_main_process,

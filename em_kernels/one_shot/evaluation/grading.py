@@ -12,18 +12,25 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from em_kernels.one_shot.data.problems import Problem
+from em_kernels.one_shot.evaluation.answers.final import boxed_answer
 
 _WORKER = Path(__file__).parent / "answers" / "worker.py"
 _MEMORY_BYTES = 4 * 2**30
 
 
 class Verdict(Enum):
-    """What is known of a completion's answer. It is unreadable where there is none, or where no answer could be read
-    from it, or none from the accepted ones, within the limits of time and memory."""
+    r"""What is known of a completion's answer.
+
+    It is unreadable where there is none, or where no answer could be read from it, or none from the accepted ones,
+    within the limits of time and memory. It is unfinished where the completion was cut off at its longest length before
+    it concluded: a number on the way is no answer, and a text that goes on in circles has none. The one conclusion
+    that a cut-off text can have reached is a closed \boxed{}, which is how a model is asked to mark its final answer.
+    """
 
     RIGHT = "right"
     WRONG = "wrong"
     UNREADABLE = "unreadable"
+    UNFINISHED = "unfinished"
 
 
 class Grade(NamedTuple):
@@ -54,12 +61,19 @@ class Grader:
     ) -> None:
         self._end()
 
-    def grade(self, text: str, problem: Problem) -> Grade:
+    def grade(self, text: str, problem: Problem, *, truncated: bool = False) -> Grade:
         """The verdict on a completion of a problem.
+
+        Args:
+            text: the completion.
+            problem: what was asked, and the accepted answers.
+            truncated: whether the completion was cut off at its longest length.
 
         Raises:
             RuntimeError: the process that grades cannot be started; the message ends with what it said.
         """
+        if truncated and boxed_answer(text) is None:
+            return Grade(Verdict.UNFINISHED, None)
         question = {
             "text": text,
             "answers": problem.answers,

@@ -1,24 +1,24 @@
 """The policy, which draws completions of chats and gives the distribution that each generated token was drawn from."""
 
 import contextlib
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from em_kernels.models.head import OutputHead
-from em_kernels.one_shot.errors import UsageError
-from em_kernels.one_shot.policy.rollout import Rollout
-from em_kernels.one_shot.policy.sampling import (
-    bare_generation_settings,
-    check_context,
-    generated_tokens,
-    stop_tokens,
-    token_bar,
-)
+from em_kernels.one_shot.policy.chat import OWN_TEMPLATE, ChatFormat, encode_prompts
+from em_kernels.one_shot.policy.completion import Completion, Decoding, check_context
+from em_kernels.one_shot.policy.generation import Generated, Request
+from em_kernels.one_shot.policy.library import complete_by_generate
+from em_kernels.one_shot.policy.rollout import Rollout, join
+from em_kernels.one_shot.policy.sampling import Sampling, derive_seed
 from em_kernels.one_shot.policy.scoring import scoring_inputs
-from em_kernels.one_shot.sharding import is_sharded
+from em_kernels.one_shot.policy.stops import find_stops
 
 
 class Policy:
@@ -31,6 +31,7 @@ class Policy:
         dtype: the dtype that the model computes in, "float32" or "bfloat16".
         prepared: the model as Accelerate has prepared it, wrapped where several processes train together; None where
             nothing wraps the model.
+        chat: how a prompt becomes the text that the model completes, and what ends the completion.
     """
 
     def __init__(
@@ -41,74 +42,124 @@ class Policy:
         dtype: str = "float32",
         *,
         prepared: Any = None,
+        chat: ChatFormat = OWN_TEMPLATE,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.head = head
         self.dtype = dtype
         self.prepared = model if prepared is None else prepared
+        self.chat = chat
 
-    @torch.no_grad()
+    def check(self, prompts: Sequence[str], max_new_tokens: int) -> None:
+        """Checks that each prompt can be put to the model, and fits the model's context together with its completion.
+
+        Raises:
+            UsageError: a prompt cannot be put into the template, or is too long.
+        """
+        longest = max(len(ids) for ids in encode_prompts(self.tokenizer, prompts, self.chat))
+        check_context(self.model, longest, max_new_tokens)
+
     def sample(
         self,
-        chats: Any,
+        prompts: Sequence[str],
+        sampling: Sampling,
         *,
-        temperature: float | None,
-        max_new_tokens: int,
         seed: int,
         description: str,
         show_progress: bool = True,
     ) -> Rollout:
-        """Draws a completion of each chat from softmax(logits / temperature), without top-k, top-p or penalties.
+        """Draws a completion of each prompt from softmax(logits / temperature), unless the sampling has a filter.
 
-        The sampling settings that the model came with take no effect, because the loss scores the distribution that a
-        token was drawn from.
+        The sampling settings that the model came with take no effect, because the loss scores softmax(logits /
+        temperature).
 
         Args:
-            chats: input_ids and attention_mask, each (batch, prompt), padded on the left.
-            temperature: the temperature of the softmax; None takes the most likely token.
-            max_new_tokens: the longest completion, in tokens.
-            seed: the seed of the draws.
+            prompts: the prompts; the same one may occur many times.
+            sampling: the settings of sampling.
+            seed: the seed of the draws; each place among the prompts has its own draws.
             description: the text of the progress bar.
             show_progress: whether to show a progress bar.
 
         Raises:
-            UsageError: prompt and completion do not fit the model's context, or the model generated no tokens.
+            UsageError: a prompt cannot be put into the template, or does not fit the model's context together with its
+                completion.
         """
-        check_context(self.model, chats, max_new_tokens)
-        prompt, attended = (chats[name].to(self.model.device) for name in ("input_ids", "attention_mask"))
-        end = stop_tokens(self.model, self.tokenizer)
-        how: dict[str, Any]
-        if temperature is None:
-            how = {"do_sample": False, "top_k": None, "top_p": None}
-        else:
-            how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-        self.model.eval()
-        torch.manual_seed(seed)
-        with (
-            self.computing(),
-            bare_generation_settings(self.model, end=end, padding=self.tokenizer.pad_token_id),
-            token_bar(max_new_tokens, description, show=show_progress) as bar,
-        ):
-            input_ids = self.model.generate(
-                input_ids=prompt,
-                attention_mask=attended,
-                max_new_tokens=max_new_tokens,
-                use_cache=True,
-                # The steps of a sharded model gather parameters, so every process takes as many as the slowest.
-                synced_gpus=is_sharded(self.model),
-                stopping_criteria=bar,
-                **how,
-            )
-        completions = input_ids[:, prompt.shape[1] :]
-        if completions.shape[1] == 0:
-            raise UsageError("the model generated no tokens, so there is nothing to train on")
-        completion_mask = generated_tokens(completions, end)
-        return Rollout(input_ids, torch.cat([attended.bool(), completion_mask], dim=1), completion_mask)
+        ids = encode_prompts(self.tokenizer, prompts, self.chat)
+        return self.sample_ids(ids, sampling, seed=seed, description=description, show_progress=show_progress)
+
+    def sample_ids(
+        self,
+        prompts: Sequence[list[int]],
+        sampling: Sampling,
+        *,
+        seed: int,
+        description: str,
+        show_progress: bool = True,
+    ) -> Rollout:
+        """Draws as `sample` does, after prompts that are token ids."""
+        check_context(self.model, max(len(ids) for ids in prompts), sampling.max_new_tokens)
+        batch = [Completion(ids, random.Random(derive_seed(seed, i))) for i, ids in enumerate(prompts)]
+        with tqdm(
+            total=sampling.max_new_tokens, desc=description, unit="token", leave=False, disable=not show_progress
+        ) as bar:
+            decoding = self._decoding(sampling)
+            with torch.no_grad(), self.computing():
+                complete_by_generate(decoding, batch, bar.update)
+        return join(batch, decoding.padding, self.model.device)
+
+    def complete(
+        self,
+        requests: Iterable[Request],
+        sampling: Sampling,
+        *,
+        at_once: int,
+        description: str,
+        show_progress: bool = True,
+    ) -> Iterator[Generated]:
+        """Completes requests, and yields each completion when it has ended, in any order.
+
+        A completion depends on its own prompt and seed alone, up to rounding. Where the model is sharded, every process
+        has to make the call with as many requests.
+
+        Args:
+            requests: the requests, of which the next are taken when there is a place for them.
+            sampling: the settings of sampling.
+            at_once: the number of completions that are in the making at once.
+            description: the text of the progress bar.
+            show_progress: whether to show a progress bar over the completions.
+
+        Raises:
+            UsageError: as `sample`, when the request is taken.
+        """
+        decoding = self._decoding(sampling)
+        total = len(requests) if isinstance(requests, Sized) else None
+        pending = iter(requests)
+        with tqdm(total=total, desc=description, unit="completion", leave=False, disable=not show_progress) as bar:
+            while wave := list(islice(pending, at_once)):
+                batch = [self._begin(request, sampling) for request in wave]
+                with torch.no_grad(), self.computing():
+                    complete_by_generate(decoding, batch, lambda _: None)
+                for request, completion in zip(wave, batch, strict=True):
+                    bar.update(1)
+                    text = decoding.stops.text(completion.ids)
+                    yield Generated(request.key, text, len(completion.ids), not completion.ended)
 
     def texts(self, rollout: Rollout) -> list[str]:
-        """The completions as text, without special tokens."""
-        return self.tokenizer.batch_decode(rollout.completion_ids(), skip_special_tokens=True)
+        """The completions as text, without special tokens, up to the first of the texts that end a completion."""
+        stops = find_stops(self.model, self.tokenizer, self.chat)
+        return [stops.text(ids) for ids in rollout.completion_ids()]
+
+    def _begin(self, request: Request, sampling: Sampling) -> Completion:
+        [ids] = encode_prompts(self.tokenizer, [request.prompt], self.chat)
+        check_context(self.model, len(ids), sampling.max_new_tokens)
+        return Completion(ids, random.Random(request.seed))
+
+    def _decoding(self, sampling: Sampling) -> Decoding:
+        self.model.eval()
+        # Any token will do as padding, because no mask is ever derived from the padding token.
+        padding = self.tokenizer.pad_token_id or 0
+        return Decoding(self.model, sampling, find_stops(self.model, self.tokenizer, self.chat), padding)
 
     def completion_logits(self, rollout: Rollout) -> Tensor:
         """The logits that each generated token was drawn from: (batch, completion, V).

@@ -45,6 +45,21 @@ def test_any_accepted_answer_is_right_and_its_unit_and_tolerance_count(grader: G
     assert grader.grade(f"The answer is ${answers[3]}$", problem).verdict is expected[3]
 
 
+@pytest.mark.parametrize(
+    ("text", "grade"),
+    [
+        ("The answer is 19. The answer is 19. The answer", Grade(Verdict.UNFINISHED, None)),
+        ("24 - 5 = 19", Grade(Verdict.UNFINISHED, None)),
+        ("so it is \\boxed{19", Grade(Verdict.UNFINISHED, None)),
+        ("\\boxed{}", Grade(Verdict.UNFINISHED, None)),
+        ("It is \\boxed{19}. Human: What is 2 +", Grade(Verdict.RIGHT, "19")),
+        ("It is \\boxed{19}, or rather \\boxed{18}. But", Grade(Verdict.WRONG, "18")),
+    ],
+)
+def test_a_text_that_was_cut_off_has_an_answer_only_in_a_closed_box(grader: Grader, text: str, grade: Grade) -> None:
+    assert grader.grade(text, Problem("How many melons are left?", ("19",)), truncated=True) == grade
+
+
 def test_accepted_answer_that_cannot_be_read_makes_no_answer_wrong(grader: Grader) -> None:
     assert grader.grade("\\boxed{3}", Problem("?", ("\\frac{1}{",))).verdict is Verdict.UNREADABLE
     assert grader.grade("\\boxed{3}", Problem("?", ("\\frac{1}{", "3"))).verdict is Verdict.RIGHT

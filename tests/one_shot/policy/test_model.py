@@ -11,8 +11,8 @@ from em_kernels.one_shot.config import TrainConfig
 from em_kernels.one_shot.errors import UsageError
 from em_kernels.one_shot.policy import Policy
 from em_kernels.one_shot.policy import model as model_module
-from em_kernels.one_shot.policy.chat import encode_chats
 from em_kernels.one_shot.policy.model import built_in_model, load_model
+from em_kernels.one_shot.policy.sampling import Sampling
 from em_kernels.one_shot.training import train
 
 
@@ -121,6 +121,5 @@ def test_built_in_model_is_converted_once_and_trains(
     assert AutoTokenizer.from_pretrained(output / "checkpoint").chat_template
 
     policy = Policy(*load_model(None))
-    chats = encode_chats(policy.tokenizer, ["What is the capital of France?"])
-    answer = policy.sample(chats, temperature=None, max_new_tokens=12, seed=0, description="")
+    answer = policy.sample(["What is the capital of France?"], Sampling(None, 12), seed=0, description="")
     assert "Paris" in policy.tokenizer.decode(answer.completion_ids()[0])

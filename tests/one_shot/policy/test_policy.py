@@ -6,6 +6,7 @@ import torch
 from em_kernels import find_head
 from em_kernels.one_shot.policy import Policy
 from em_kernels.one_shot.policy.rollout import Rollout
+from em_kernels.one_shot.policy.sampling import Sampling
 
 
 class _Wrapper(torch.nn.Module):
@@ -27,14 +28,7 @@ def test_only_gradients_need_the_wrapper(policy: Policy, rollout: Rollout) -> No
     wrapped = Policy(policy.model, policy.tokenizer, find_head(policy.model), prepared=wrapper)
     with torch.no_grad():
         logits, hidden = wrapped.completion_logits(rollout), wrapped.completion_hidden(rollout)
-        wrapped.sample(
-            {"input_ids": rollout.input_ids, "attention_mask": rollout.attention_mask},
-            temperature=1.0,
-            max_new_tokens=2,
-            seed=0,
-            description="",
-            show_progress=False,
-        )
+        wrapped.sample(["1+1?"], Sampling(1.0, 2), seed=0, description="", show_progress=False)
     assert wrapper.calls == 0
     assert torch.equal(wrapped.completion_logits(rollout), logits)
     assert torch.equal(wrapped.completion_hidden(rollout), hidden)
@@ -47,14 +41,7 @@ def test_samples_and_scores_in_its_dtype(policy: Policy, rollout: Rollout) -> No
     for dtype in ("float32", "bfloat16"):
         computing = Policy(policy.model, policy.tokenizer, find_head(policy.model), dtype)
         dtypes.clear()
-        computing.sample(
-            {"input_ids": rollout.input_ids, "attention_mask": rollout.attention_mask},
-            temperature=1.0,
-            max_new_tokens=2,
-            seed=0,
-            description="",
-            show_progress=False,
-        )
+        computing.sample(["1+1?"], Sampling(1.0, 2), seed=0, description="", show_progress=False)
         assert set(dtypes) == {getattr(torch, dtype)}
         assert computing.completion_logits(rollout).dtype == getattr(torch, dtype)
 
@@ -63,7 +50,7 @@ def test_texts_are_those_of_the_completions_alone(policy: Policy) -> None:
     ids = torch.tensor([[0, 0, 5, 6, 7, 0, 0], [0, 8, 9, 5, 0, 0, 0]])
     mask = torch.tensor([[True, True, True, True], [True, True, False, False]])
     text = policy.tokenizer.decode
-    assert policy.texts(Rollout(ids, ids > 0, mask)) == [text([6, 7]), text([5])]
+    assert policy.texts(Rollout(ids, ids > 0, mask, torch.tensor([True, False]))) == [text([6, 7]), text([5])]
 
 
 def test_hidden_states_need_a_head(policy: Policy, rollout: Rollout) -> None:

@@ -6,33 +6,16 @@ from transformers import GenerationConfig
 
 from em_kernels.one_shot.errors import UsageError
 from em_kernels.one_shot.policy import Policy
-from em_kernels.one_shot.policy.chat import encode_chats
+from em_kernels.one_shot.policy.chat import ChatFormat, encode_prompts
 from em_kernels.one_shot.policy.rollout import Rollout
-from em_kernels.one_shot.policy.sampling import derive_seed, generated_tokens
+from em_kernels.one_shot.policy.sampling import Sampling, derive_seed
 
 END = 0
 
 
-def _sample(policy: Policy, prompts: list[str], **changes: Any) -> Rollout:
-    arguments = {"temperature": 1.0, "max_new_tokens": 12, "seed": 0, "description": "", "show_progress": False}
-    return policy.sample(encode_chats(policy.tokenizer, prompts), **{**arguments, **changes})
-
-
-def test_mask_ends_with_the_first_end_token() -> None:
-    completions = torch.tensor([[5, 6, END, END, END], [END, 5, 6, END, 7], [5, 6, 7, 8, 9], [9, 5, END, 5, END]])
-    assert generated_tokens(completions, [END]).int().tolist() == [
-        [1, 1, 1, 0, 0],
-        [1, 0, 0, 0, 0],
-        [1, 1, 1, 1, 1],
-        [1, 1, 1, 0, 0],
-    ]
-    assert generated_tokens(completions, [END, 6]).int().tolist() == [
-        [1, 1, 0, 0, 0],
-        [1, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0],
-        [1, 1, 1, 0, 0],
-    ]
-    assert generated_tokens(completions, []).all()
+def _sample(policy: Policy, prompts: list[str], seed: int = 0, **changes: Any) -> Rollout:
+    sampling = Sampling(**{"temperature": 1.0, "max_new_tokens": 12, **changes})
+    return policy.sample(prompts, sampling, seed=seed, description="", show_progress=False)
 
 
 def test_end_token_is_kept_and_padding_after_it_is_not(policy: Policy) -> None:
@@ -58,12 +41,6 @@ def test_completion_of_nothing_but_the_end_token_has_one_token(policy: Policy) -
     # All logits are equal now, and the most likely token is the first of equals, the end token.
     rollout = _sample(policy, ["1+1?"] * 3, temperature=None)
     assert rollout.completion_mask.tolist() == [[True]] * 3
-
-
-def test_no_generated_token_is_an_error(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(policy.model, "generate", lambda input_ids, **_: input_ids)
-    with pytest.raises(UsageError, match="generated no tokens"):
-        _sample(policy, ["1+1?"])
 
 
 @pytest.mark.parametrize("max_new_tokens", [241, 10_000])
@@ -100,8 +77,7 @@ def test_draws_come_from_the_softmax_at_the_temperature(policy: Policy) -> None:
     draws = 4000
     rollout = _sample(policy, ["1+1?"] * draws, temperature=0.5, max_new_tokens=1)
     with torch.no_grad():
-        chats = encode_chats(policy.tokenizer, ["1+1?"])
-        logits = policy.model(**{k: v for k, v in chats.items() if k != "token_type_ids"}).logits
+        logits = policy.model(torch.tensor(encode_prompts(policy.tokenizer, ["1+1?"], ChatFormat()))).logits
     p = (logits[0, -1] / 0.5).softmax(0)
     counts = torch.bincount(rollout.input_ids[:, -1], minlength=len(p))
     likely = p > 0.005
@@ -119,7 +95,7 @@ def test_generation_uses_the_cache(policy: Policy) -> None:
 
 
 def test_progress_bar_counts_tokens(policy: Policy, capsys: pytest.CaptureFixture[str]) -> None:
-    _sample(policy, ["1+1?"], seed=1, show_progress=True, description="drawing")
+    policy.sample(["1+1?"], Sampling(1.0, 12), seed=1, description="drawing")
     bar = capsys.readouterr().err
     assert "drawing" in bar
     assert "/12" in bar

@@ -1,3 +1,4 @@
+import random
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -7,12 +8,15 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from em_kernels.one_shot.policy import Policy
-from em_kernels.one_shot.policy.chat import encode_chats
 from em_kernels.one_shot.policy.rollout import Rollout
+from em_kernels.one_shot.policy.sampling import Sampling, derive_seed, draw
+
+SAMPLING = Sampling(1.0, 10)
 
 
 @pytest.mark.parametrize("absolute_positions", [False, True])
 def test_scores_the_distribution_each_token_was_drawn_from(policy: Policy, absolute_positions: bool) -> None:
+    """The scored logits and the random numbers of a completion's seed lead to the tokens that were drawn."""
     if absolute_positions:
         # Unlike with rotary positions, counting the padding on the left as positions changes the logits.
         model = cast(Any, GPT2LMHeadModel)(
@@ -22,22 +26,15 @@ def test_scores_the_distribution_each_token_was_drawn_from(policy: Policy, absol
         policy = Policy(model, policy.tokenizer)
     with torch.no_grad():
         policy.model.lm_head.weight[0] *= 2
-    chats = encode_chats(policy.tokenizer, ["1+1?", "a longer one", "x"] * 4)
-    drawn_from: list[Tensor] = []
-    generate = policy.model.generate
-
-    def observed(**arguments: Any) -> Tensor:
-        output = generate(**arguments, output_logits=True, return_dict_in_generate=True)
-        drawn_from.extend(output.logits)
-        return output.sequences
-
-    policy.model.generate = observed
-    rollout = policy.sample(chats, temperature=1.0, max_new_tokens=10, seed=3, description="", show_progress=False)
-    expected = torch.stack(drawn_from, dim=1)[rollout.completion_mask]
+    prompts = ["1+1?", "a longer one", "x"] * 4
+    rollout = policy.sample(prompts, SAMPLING, seed=3, description="", show_progress=False)
     with torch.no_grad():
         logits = policy.completion_logits(rollout)
     assert logits.shape == (*rollout.completion_mask.shape, 257)
-    torch.testing.assert_close(logits[rollout.completion_mask], expected, rtol=1e-4, atol=1e-4)
+    for i, (scored, ids) in enumerate(zip(logits, rollout.completion_ids(), strict=True)):
+        numbers = random.Random(derive_seed(3, i))
+        uniform = torch.tensor([numbers.random() for _ in ids], dtype=torch.float64)
+        assert draw(scored[: len(ids)], SAMPLING, uniform)[0].tolist() == ids.tolist()
 
 
 def test_model_without_the_optional_arguments(policy: Policy, rollout: Rollout) -> None:

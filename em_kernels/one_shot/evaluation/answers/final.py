@@ -32,7 +32,7 @@ def final_answer(text: str) -> str | None:
     It is what is in the last \boxed{}, else what follows the last `####`, else what follows the last "the answer is",
     else the last number or expression.
     """
-    if boxed := _boxed(text):
+    if boxed := boxed_answer(text):
         return boxed
     if "####" in text and (rest := text.rpartition("####")[2].strip()):
         return rest.partition("\n")[0].strip()
@@ -42,8 +42,8 @@ def final_answer(text: str) -> str | None:
     return _last(text)
 
 
-def _boxed(text: str) -> str | None:
-    """The contents of the last box, joined with those of the boxes that only "and" and commas keep apart from it."""
+def boxed_answer(text: str) -> str | None:
+    r"""What is in the last closed \boxed{}, joined with the boxes that only "and" and commas keep apart from it."""
     boxes: list[tuple[int, int, str]] = []
     closing = _closing_braces(text)
     for match in _BOXED.finditer(text):

@@ -1,0 +1,75 @@
+"""The accuracies of a run by step: where they were highest, and differences on the same problems with their errors."""
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+from em_kernels.one_shot.analysis.runs import Run
+from em_kernels.one_shot.evaluation.records import Record
+from em_kernels.one_shot.evaluation.statistics import Estimate, paired_difference
+
+# What evaluations.jsonl calls the two ways of decoding, and the temperature that its records have.
+DECODINGS = {"greedy": 0.0, "sampled": 1.0}
+CHOSEN_ON = (
+    "The best step is chosen on the problems that it is shown on, so its accuracy is flattered; "
+    "that of the last step is not."
+)
+
+
+@dataclass(frozen=True)
+class Course:
+    """The accuracy of a run under one decoding: before training, after the best step and after the last one measured.
+
+    Attributes:
+        decoding: "greedy" or "sampled".
+        by_step: the accuracy and its standard error by step; 0 is before training, where it was measured.
+        problems: the number of problems.
+        best: the step with the highest accuracy, the earliest one of several.
+        last: the last step at which accuracy was measured.
+    """
+
+    decoding: str
+    by_step: dict[int, Estimate]
+    problems: int
+    best: int
+    last: int
+
+
+def courses(run: Run) -> list[Course]:
+    """The courses of a run, one for each decoding that it was evaluated with."""
+    found = []
+    for decoding in DECODINGS:
+        rows = run.accuracies(decoding)
+        if rows:
+            by_step = {step: Estimate(row["accuracy"], row["standard_error"]) for step, row in rows.items()}
+            best = max(by_step, key=lambda step: (by_step[step].mean, -step))
+            found.append(Course(decoding, by_step, rows[best]["problems"], best, max(by_step)))
+    return found
+
+
+def difference(run: Run, decoding: str, first: int, second: int) -> Estimate | None:
+    """The accuracy after the second step less that after the first, problem by problem.
+
+    None where the completions of one of the two steps were not kept, or were of other problems.
+    """
+    before, after = (_scores(run.records(step), DECODINGS[decoding]) for step in (first, second))
+    return paired_difference(before, after) if before and before.keys() == after.keys() else None
+
+
+def difference_text(estimate: Estimate | None) -> str:
+    """A difference in percentage points with its error, and whether the error explains it."""
+    if estimate is None:
+        return "not known: completions were not kept"
+    text = f"{100 * estimate.mean:+.1f} ± {100 * estimate.standard_error:.1f} points"
+    return text if estimate.seen else f"{text}, no difference seen"
+
+
+def when(step: int) -> str:
+    return f"after step {step}" if step else "before training"
+
+
+def _scores(records: list[Record], temperature: float) -> dict[Hashable, list[float]]:
+    scores: dict[Hashable, list[float]] = {}
+    for record in records:
+        if record.temperature == temperature:
+            scores.setdefault((record.task, record.problem), []).append(float(record.verdict == "right"))
+    return scores

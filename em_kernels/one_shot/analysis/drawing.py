@@ -1,0 +1,60 @@
+"""What the pictures of the analyses share: their size and style, bands, and whole-or-absent files."""
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from em_kernels.one_shot.runs.files import whole_or_absent
+
+# Distinct for readers who do not tell red from green (Okabe and Ito 2008), the lightest left out.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
+
+
+def colour(number: int) -> str:
+    return COLOURS[number % len(COLOURS)]
+
+
+def new_axes(
+    rows: int, columns: int, *, width: float = 4.6, height: float = 3.0, **shared: Any
+) -> tuple[Figure, list[Axes]]:
+    """A figure with rows x columns axes, in reading order; the sizes are those of one of them, in inches."""
+    figure = Figure(figsize=(columns * width, rows * height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = list(figure.subplots(rows, columns, squeeze=False, **shared).flat)
+    for one in axes:
+        one.spines[["top", "right"]].set_visible(False)
+        one.grid(alpha=0.25)
+    return figure, axes
+
+
+def label_steps(axes: Axes) -> None:
+    axes.set_xlabel("optimiser step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def draw_band(axes: Axes, at: Sequence[float], middle: Sequence[float], spread: Sequence[float], **style: Any) -> None:
+    """A line with a band of one spread above and below; a spread of NaN has no band."""
+    axes.plot(at, middle, marker="o" if len(at) <= 50 else None, markersize=3.5, **style)
+    low = [m - s for m, s in zip(middle, spread, strict=True)]
+    high = [m + s for m, s in zip(middle, spread, strict=True)]
+    axes.fill_between(at, low, high, color=style.get("color"), alpha=0.18, linewidth=0)
+
+
+def draw_legend(figure: Figure, axes: Axes, *, columns: int = 1) -> None:
+    """One legend for all axes, below them, with the labels of one of them."""
+    handles, labels = axes.get_legend_handles_labels()
+    if labels:
+        figure.legend(handles, labels, loc="outside lower left", ncols=columns, frameon=False, fontsize=9)
+
+
+def save_figure(figure: Figure, target: Path) -> None:
+    with warnings.catch_warnings(), whole_or_absent(target) as temporary:
+        # A character that the font lacks is drawn as a box; a warning for each such character would say no more.
+        warnings.filterwarnings("ignore", message="Glyph")
+        figure.savefig(temporary, format="png")

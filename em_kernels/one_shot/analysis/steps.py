@@ -1,0 +1,112 @@
+"""A run by step: loss, entropy, accuracy and lengths, where the accuracy was highest, and what to make of it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+
+from em_kernels.one_shot.analysis.accuracies import CHOSEN_ON, courses, difference, difference_text, when
+from em_kernels.one_shot.analysis.drawing import colour, draw_legend, label_steps, new_axes, save_figure
+from em_kernels.one_shot.analysis.runs import Run
+from em_kernels.one_shot.analysis.tables import markdown_table
+
+# Columns of the table: the name in metrics.jsonl, the heading, and the form of a value.
+_COLUMNS = (
+    ("loss", "loss", ".4f"),
+    ("entropy", "entropy", ".4f"),
+    ("decided", "decided", ".1%"),
+    ("length_mean", "mean length", ".1f"),
+    ("length_max", "longest", ".0f"),
+    ("truncated", "truncated", ".1%"),
+    ("repetition", "repeated", ".1%"),
+    ("kl", "KL", ".4f"),
+)
+
+
+def describe_steps(run: Run) -> list[str]:
+    """The lines of a Markdown section about a run: a row a step, and sentences on where its accuracy was highest."""
+    measured = [column for column in _COLUMNS if run.values(column[0])]
+    evaluated = courses(run)
+    rows = []
+    for step in sorted({row["step"] for row in run.metrics} | {row["step"] for row in run.evaluations}):
+        metrics = [_text(run.values(name).get(step), form) for name, _, form in measured]
+        rows.append([str(step), *metrics, *(_text(course.by_step.get(step)) for course in evaluated)])
+    header = ["step", *(heading for _, heading, _ in measured), *(course.decoding for course in evaluated)]
+    table = markdown_table(header, rows, texts=0) if rows else ["No step is finished."]
+    return [f"## {run.name}", "", *table, "", *_state(run), *_accuracy_lines(run)]
+
+
+def draw_steps(target: Path, runs: Sequence[Run]) -> None:
+    """Draws loss and entropy, accuracy with its standard error, lengths and truncated share by step, a line a run."""
+    figure, (losses, accuracy, lengths, shares) = new_axes(2, 2)
+    for number, run in enumerate(runs):
+        line = {"color": colour(number), "markersize": 3.5}
+        _plot(losses, run.values("loss"), **line, marker="o", label=run.name)
+        _plot(losses, run.values("entropy"), **line, marker="o", linestyle=":")
+        for course in courses(run):
+            steps = sorted(course.by_step)
+            accuracy.errorbar(
+                # Bars at the same step would hide each other.
+                [step + 0.06 * number for step in steps],
+                [100 * course.by_step[step].mean for step in steps],
+                [100 * course.by_step[step].standard_error for step in steps],
+                color=colour(number),
+                marker="o",
+                markersize=3.5,
+                capsize=2,
+                linestyle="-" if course.decoding == "greedy" else ":",
+            )
+        _plot(lengths, run.values("length_mean"), **line, marker="o")
+        _plot(shares, {step: 100 * share for step, share in run.values("truncated").items()}, **line, marker="o")
+        _plot(shares, {step: 100 * share for step, share in run.values("decided").items()}, **line, linestyle=":")
+    losses.set_title("loss (solid), entropy at temperature 1 (dotted)", loc="left", fontsize=9)
+    losses.set_ylabel("nats per token")
+    accuracy.set_title("accuracy: greedy (solid), temperature 1 (dotted)", loc="left", fontsize=9)
+    accuracy.set_ylabel("% ± standard error")
+    lengths.set_title("mean length of a completion", loc="left", fontsize=9)
+    lengths.set_ylabel("tokens")
+    shares.set_title("truncated completions (solid), decided tokens (dotted)", loc="left", fontsize=9)
+    shares.set_ylabel("%")
+    if not any(run.evaluations for run in runs):
+        accuracy.text(0.5, 0.5, "not measured", ha="center", transform=accuracy.transAxes, color="gray")
+    for axes in (losses, accuracy, lengths, shares):
+        axes.set_ylim(bottom=0)
+        label_steps(axes)
+    draw_legend(figure, losses, columns=3)
+    save_figure(figure, target)
+
+
+def _state(run: Run) -> list[str]:
+    steps = run.config.get("steps")
+    if run.finished or len(run.metrics) == steps:
+        return []
+    return [f"- The run is unfinished: {len(run.metrics)} of {steps} steps."]
+
+
+def _accuracy_lines(run: Run) -> list[str]:
+    evaluated = courses(run)
+    if not evaluated:
+        return ["- Its accuracy was not measured."]
+    lines = []
+    for course in evaluated:
+        best, last = course.by_step[course.best], course.by_step[course.last]
+        where = f"{course.problems} problems, {course.decoding}"
+        if course.best == course.last:
+            lines.append(f"- {where}: accuracy was highest {when(course.best)}, the last step measured: {best}.")
+        else:
+            change = difference_text(difference(run, course.decoding, course.best, course.last))
+            lines.append(
+                f"- {where}: accuracy was highest {when(course.best)} ({best}); {when(course.last)}, the last step "
+                f"measured, it is {last}. The change between the two, problem by problem: {change}."
+            )
+    return [*lines, f"- {CHOSEN_ON}"]
+
+
+def _plot(axes: Axes, by_step: dict[int, float], **style: Any) -> None:
+    if by_step:
+        axes.plot(list(by_step), list(by_step.values()), **style)
+
+
+def _text(value: object, form: str = "") -> str:
+    return "" if value is None else format(value, form)

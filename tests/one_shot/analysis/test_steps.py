@@ -1,0 +1,61 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib import image
+from run_folders import metrics_row, write_run
+
+from em_kernels.cli import main
+from em_kernels.one_shot.analysis.runs import read_run
+from em_kernels.one_shot.analysis.steps import describe_steps
+
+_RIGHT = {0: [False] * 8, 2: [True] * 6 + [False] * 2, 4: [True] * 4 + [False] * 4}
+
+
+def test_a_table_has_a_row_a_step_and_an_accuracy_where_it_was_measured(tmp_path: Path) -> None:
+    lines = describe_steps(read_run(write_run(tmp_path / "run", verdicts=_RIGHT)))
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    assert [row[0] for row in rows] == ["step", "---:", "0", "1", "2", "3", "4"]
+    assert rows[0][1:3] == ["loss", "entropy"]
+    assert rows[4][1] == "0.2000"
+    assert [row[-1] for row in rows[2:]] == ["0.0% ± 0.0%", "", "75.0% ± 16.4%", "", "50.0% ± 18.9%"]
+
+
+def test_the_best_step_is_said_to_be_chosen_on_what_it_is_shown_on(tmp_path: Path) -> None:
+    text = "\n".join(describe_steps(read_run(write_run(tmp_path / "run", verdicts=_RIGHT))))
+    assert "8 problems, greedy: accuracy was highest after step 2 (75.0% ± 16.4%); after step 4" in text
+    # Two of eight problems fell from right to wrong.
+    assert "problem by problem: -25.0 ± 16.4 points, no difference seen." in text
+    assert "chosen on the problems that it is shown on" in text
+
+
+def test_accuracy_that_only_fell_was_highest_before_training(tmp_path: Path) -> None:
+    text = "\n".join(describe_steps(read_run(write_run(tmp_path / "run", verdicts={0: [True] * 2, 4: [False] * 2}))))
+    assert "highest before training (100.0% ± 0.0%)" in text
+
+
+def test_unfinished_runs_and_unmeasured_accuracies_are_said(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", steps=9, finished=False, rows=[metrics_row(1)])
+    text = "\n".join(describe_steps(read_run(folder)))
+    assert "unfinished: 1 of 9 steps" in text
+    assert "accuracy was not measured" in text
+    not_begun = write_run(tmp_path / "other", finished=False, rows=[])
+    assert "No step is finished." in describe_steps(read_run(not_begun))
+
+
+def test_the_command_writes_a_table_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, output = write_run(tmp_path / "run", verdicts=_RIGHT), tmp_path / "made" / "output"
+    assert main(["analyze", "steps", str(folder), "--output", str(output)]) == 0
+    assert (output / "steps.md").read_text() in capsys.readouterr().out
+    picture = image.imread(output / "steps.png")
+    assert np.ptp(picture[..., :3]) > 0.5
+    assert sorted(path.name for path in output.iterdir()) == ["steps.md", "steps.png"]
+
+
+def test_a_folder_that_is_no_run_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["analyze", "steps", str(tmp_path), "--output", str(tmp_path / "output")]) == 2
+    assert capsys.readouterr().err == (
+        f"em-kernels analyze: error: {tmp_path} is no run folder: expected a folder that train has written, with a "
+        "config.json\n"
+    )
+    assert not (tmp_path / "output").exists()
