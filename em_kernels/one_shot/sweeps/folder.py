@@ -113,4 +113,4 @@ class SweepFolder:
         if differences:
             raise UsageError(f"the sweep in {self.path} has other settings: {'; '.join(differences)}")
         kept = {name: [tuple(v) if isinstance(v, list) else v for v in values] for name, values in old.items()}
-        return {name: list(dict.fromkeys([*kept[name], *values])) for name, values in grid.items()}
+        return {name: list(dict.fromkeys([*values, *grid[name]])) for name, values in kept.items()}
