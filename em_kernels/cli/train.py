@@ -8,7 +8,16 @@ from typing import Any
 
 from em_kernels.cli.chat import add_chat_options, chat_format
 from em_kernels.cli.shared import import_quietly, print_note
-from em_kernels.one_shot.config import AUTHORS_NOTES, AVERAGES, DTYPES, LOSSES, OPTIMIZERS, PRESETS, TRACKERS
+from em_kernels.one_shot.config import (
+    AUTHORS_NOTES,
+    AVERAGES,
+    DTYPES,
+    LOSSES,
+    OPTIMIZERS,
+    PRESETS,
+    TRACKERS,
+    TrainConfig,
+)
 
 
 def add_parser(commands: Any) -> None:
@@ -113,36 +122,39 @@ def _add_kept(kept: Any) -> None:
     kept.add_argument("--report-to", choices=TRACKERS, help="tracker beside metrics.jsonl (none)")
 
 
-def _train(
-    preset: str,
-    output: Path | None = None,
-    resume: bool = False,
-    quiet: bool = False,
-    state_every: int | None = None,
-    prompt: Sequence[str] = (),
-    prompt_file: Sequence[Path] = (),
-    **settings: Any,
-) -> None:
+def read_config(
+    preset: str, prompt: Sequence[str] = (), prompt_file: Sequence[Path] = (), **others: Any
+) -> TrainConfig:
+    """The settings of a run, from the options that decide them; options that decide none are passed over."""
     from em_kernels.one_shot.data.prompts import read_prompts
 
+    settings = {field.name: others[field.name] for field in dataclasses.fields(TrainConfig) if field.name in others}
     prompts = [*prompt, *(text for path in prompt_file for text in read_prompts(path, note=print_note))]
     if prompts:
         settings["prompts"] = tuple(prompts)
     if "stop_when" in settings:
         settings["stop_when"] = tuple(settings["stop_when"])
-    of_chat = {name: settings.pop(name) for name in ("system", "chat_template", "stop") if name in settings}
+    of_chat = {name: settings.pop(name, None) for name in ("system", "chat_template", "stop")}
     config = dataclasses.replace(PRESETS[preset], **settings)
+    if not any(of_chat.values()):
+        return config
+    import_quietly()
+    chat = chat_format(**of_chat)
+    return dataclasses.replace(config, system=chat.system, chat_template=chat.template, stop=chat.stop)
 
+
+def _train(**options: Any) -> None:
+    config = read_config(**options)
     import_quietly()
     from em_kernels.one_shot.progress import be_quiet
     from em_kernels.one_shot.runs.folder import default_run_folder
     from em_kernels.one_shot.training import train
 
-    chat = chat_format(**{"system": None, "chat_template": None, "stop": None, **of_chat})
-    config = dataclasses.replace(config, system=chat.system, chat_template=chat.template, stop=chat.stop)
-    if quiet:
+    if options.get("quiet"):
         be_quiet()
+    preset, resume = options["preset"], options.get("resume", False)
     if preset == "authors":
         for note in AUTHORS_NOTES:
             print_note(note)
-    train(config, output or default_run_folder(preset, resume=resume), resume=resume, state_every=state_every)
+    output = options.get("output") or default_run_folder(preset, resume=resume)
+    train(config, output, resume=resume, state_every=options.get("state_every"))
