@@ -1,6 +1,7 @@
-"""Transformers' Trainer on two processes under DeepSpeed, against one process without it."""
+"""Trainers on two processes under DeepSpeed, against one process without it."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,13 +9,13 @@ import pytest
 import torch
 from accelerate import PartialState
 from launch import ZERO, launched
-from random_models import VOCABULARY, llama
+from random_models import VOCABULARY, labelled_batch, llama
 from ranks import run_on_ranks
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.integrations import unset_hf_deepspeed_config
 
-from em_kernels.integrations.transformers import EntropyCallback, EntropyLoss, EntropyTrainer, attach
+from em_kernels.integrations.transformers import EntropyCallback, EntropyLoss, EntropyTrainer, attach, entropy_outputs
 
 pytestmark = pytest.mark.slow
 
@@ -44,15 +45,16 @@ def _without_logits(model: Any, **arguments: Any) -> Trainer:
 
 
 class _Trained(NamedTuple):
-    """What a step of training logs, an evaluation after it, and how far the step has moved each parameter."""
+    """What a step of training logs, how far it moves each parameter, and what the model makes of a batch after it."""
 
     log: dict[str, float]
-    evaluated: float
     moved: dict[str, Tensor]
+    evaluated: float
+    entropy: Tensor
 
 
 def _train(
-    make: Callable[..., Trainer], rows: Sequence[dict[str, Tensor]], folder: Path, batch_size: int, **options: Any
+    make: Callable[..., Trainer], rows: list[dict[str, Tensor]], folder: Path, batch_size: int, **options: Any
 ) -> _Trained:
     settings = TrainingArguments(
         output_dir=str(folder),
@@ -69,52 +71,71 @@ def _train(
         disable_tqdm=True,
         **options,
     )
-    trainer = make(llama(), args=settings, train_dataset=rows, eval_dataset=rows)
+    # Transformers loads a model in parts where the settings have ZeRO-3.
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    sizes = [parameter.numel() for parameter in model.parameters()]
+    trainer = make(model, args=settings, train_dataset=rows, eval_dataset=rows)
+    assert [parameter.numel() for parameter in model.parameters()] == sizes
     trainer.add_callback(EntropyCallback(trainer))
-    before = {name: value.clone() for name, value in llama().state_dict().items()}
     trainer.train()
     evaluated = trainer.evaluate()["eval_loss"]
+    with torch.no_grad(), contextlib.nullcontext() if make is _attached else entropy_outputs(model):
+        entropy = model(**labelled_batch()).token_stats.entropy
     log: dict[str, float] = {}
     for entry in trainer.state.log_history:
         log |= entry
-    return _Trained(log, evaluated, {name: value - before[name] for name, value in _whole(trainer.model).items()})
+    before = llama().state_dict()
+    return _Trained(log, {name: p - before[name] for name, p in _whole(model).items()}, evaluated, entropy)
 
 
 def _whole(model: Any) -> dict[str, Tensor]:
-    if not any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        return {name: value.clone() for name, value in model.state_dict().items()}
+    parts = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_id")]
+    if not parts:
+        return {name: p.detach().clone() for name, p in model.named_parameters()}
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters(list(model.parameters())):
-        return {name: value.detach().clone() for name, value in model.state_dict().items()}
+    with deepspeed.zero.GatheredParameters(parts):
+        return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def _train_on_rank(make: Callable[..., Trainer], rows: list[dict[str, Tensor]], folder: Path, stage: int) -> _Trained:
+def _train_on_rank(
+    make: Callable[..., Trainer], rows: list[dict[str, Tensor]], folder: Path, stage: int, in_parts: bool
+) -> _Trained:
     config = {
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
-        # A parameter below this number of elements would stay whole, and all of these are.
+        "gradient_clipping": 0.0,
+        # A parameter below the threshold would stay whole, and all of these are.
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
         "zero_allow_untested_optimizer": True,
-        "gradient_clipping": 0.0,
     }
-    with launched(**ZERO):
+    torch.manual_seed(0)
+    with launched(**ZERO), pytest.MonkeyPatch.context() as patched:
+        if not in_parts:
+            patched.setattr(AutoModelForCausalLM, "from_pretrained", lambda _: llama())
+        # Transformers names no backend for DeepSpeed on a machine without GPUs.
+        PartialState(backend="gloo")
         try:
-            # Transformers names no backend for DeepSpeed on a machine without GPUs.
-            PartialState(backend="gloo")
             return _train(make, rows, folder, 1, deepspeed=config, accelerator_config={"use_configured_state": True})
         finally:
             unset_hf_deepspeed_config()
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize(
+    ("stage", "in_parts"), [(2, True), (3, True), (3, False)], ids=["zero2", "zero3", "zero3, loaded whole"]
+)
 @pytest.mark.parametrize("make", [_attached, _on_logits, _without_logits])
-def test_zero_trains_as_one_process_does(make: Callable[..., Trainer], stage: int, tmp_path: Path) -> None:
+def test_zero_trains_as_one_process_does(
+    make: Callable[..., Trainer], stage: int, in_parts: bool, tmp_path: Path
+) -> None:
     rows = _rows()
+    llama().save_pretrained(tmp_path)
+    torch.manual_seed(0)
     expected = _train(make, rows, tmp_path, 2, use_cpu=True)
-    for actual in run_on_ranks(2, _train_on_rank, make, rows, tmp_path, stage):
+    for actual in run_on_ranks(2, _train_on_rank, make, rows, tmp_path, stage, in_parts):
         for name in ("loss", "entropy", "decided"):
             assert actual.log[name] == pytest.approx(expected.log[name], rel=1e-6), name
         for name, moved in expected.moved.items():
             assert float((actual.moved[name] - moved).norm() / moved.norm()) < 5e-6, name
         assert actual.evaluated == pytest.approx(expected.evaluated, rel=1e-6)
+        torch.testing.assert_close(actual.entropy, expected.entropy, rtol=1e-5, atol=1e-5)
