@@ -22,7 +22,11 @@ def gathered(model: nn.Module) -> Iterator[None]:
     whole: dict[nn.Module, GatheredParameters] = {}
 
     def gather(module: nn.Module, inputs: Any) -> None:
-        parts = [p for p in module.parameters(recurse=False) if getattr(p, "ds_status", None) == ZeroParamStatus.NOT_AVAILABLE]
+        parts = [
+            p
+            for p in module.parameters(recurse=False)
+            if getattr(p, "ds_status", None) == ZeroParamStatus.NOT_AVAILABLE
+        ]
         if parts:
             whole[module] = GatheredParameters(parts)
             whole[module].__enter__()

@@ -7,13 +7,11 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from accelerate import PartialState
-from launch import ZERO, launched
+from launch import whole_parameters, zero_settings
 from random_models import VOCABULARY, labelled_batch, llama
 from ranks import run_on_ranks
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
-from transformers.integrations import unset_hf_deepspeed_config
 
 from em_kernels.integrations.transformers import EntropyCallback, EntropyLoss, EntropyTrainer, attach, entropy_outputs
 
@@ -76,6 +74,7 @@ def _train(
     sizes = [parameter.numel() for parameter in model.parameters()]
     trainer = make(model, args=settings, train_dataset=rows, eval_dataset=rows)
     assert [parameter.numel() for parameter in model.parameters()] == sizes
+    before = whole_parameters(model)
     trainer.add_callback(EntropyCallback(trainer))
     trainer.train()
     evaluated = trainer.evaluate()["eval_loss"]
@@ -84,41 +83,18 @@ def _train(
     log: dict[str, float] = {}
     for entry in trainer.state.log_history:
         log |= entry
-    before = llama().state_dict()
-    return _Trained(log, {name: p - before[name] for name, p in _whole(model).items()}, evaluated, entropy)
-
-
-def _whole(model: Any) -> dict[str, Tensor]:
-    parts = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_id")]
-    if not parts:
-        return {name: p.detach().clone() for name, p in model.named_parameters()}
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(parts):
-        return {name: p.detach().clone() for name, p in model.named_parameters()}
+    moved = {name: value - before[name] for name, value in whole_parameters(model).items()}
+    return _Trained(log, moved, evaluated, entropy)
 
 
 def _train_on_rank(
     make: Callable[..., Trainer], rows: list[dict[str, Tensor]], folder: Path, stage: int, in_parts: bool
 ) -> _Trained:
-    config = {
-        "train_micro_batch_size_per_gpu": "auto",
-        "gradient_accumulation_steps": "auto",
-        "gradient_clipping": 0.0,
-        # A parameter below the threshold would stay whole, and all of these are.
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
-        "zero_allow_untested_optimizer": True,
-    }
     torch.manual_seed(0)
-    with launched(**ZERO), pytest.MonkeyPatch.context() as patched:
+    with zero_settings(stage) as options, pytest.MonkeyPatch.context() as patched:
         if not in_parts:
             patched.setattr(AutoModelForCausalLM, "from_pretrained", lambda _: llama())
-        # Transformers names no backend for DeepSpeed on a machine without GPUs.
-        PartialState(backend="gloo")
-        try:
-            return _train(make, rows, folder, 1, deepspeed=config, accelerator_config={"use_configured_state": True})
-        finally:
-            unset_hf_deepspeed_config()
+        return _train(make, rows, folder, 1, **options)
 
 
 @pytest.mark.parametrize(
