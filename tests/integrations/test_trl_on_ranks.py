@@ -9,6 +9,7 @@ pytest.importorskip("trl")
 from launch import CPU, launched, whole_parameters, zero_settings
 from ranks import run_on_ranks
 from transformers import AutoModelForCausalLM
+from trl.trainer import utils
 from trl_trainers import entropies_of, save_ending_model, trainer_of
 
 from em_kernels.integrations.trl import add_entropy_term, token_stats_in_trl
@@ -98,3 +99,28 @@ def test_ranks_learn_from_our_statistics_what_trl_learns_from_its_own(way, kind,
         assert log["loss"] == pytest.approx(theirs[2]["loss"], rel=1e-6, abs=1e-7)
         for name, value in theirs[0].items():
             assert (moved[name] - value).norm() < 5e-6 * value.norm(), name
+
+
+def gradient_on_rank():
+    """The gradient of a projection that is whole for the statistics alone, and the projection."""
+    with zero_settings(3):
+        import deepspeed
+
+        config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+        with deepspeed.zero.Init(config_dict_or_path=config):
+            head = torch.nn.Linear(3, 7)
+        hidden = torch.arange(6.0).view(2, 3)
+        with deepspeed.zero.GatheredParameters([head.weight, head.bias]), token_stats_in_trl():
+            weight, bias = head.weight.detach().clone(), head.bias.detach().clone()
+            arguments = (hidden, head.weight, head.bias, torch.tensor([1, 5]), 1.0, 7, None, 1.0, ("log_probs",))
+            log_probs = utils._ChunkedLogProbFunction.apply(*arguments)[0]
+        assert head.weight.numel() == 0
+        return hidden, weight, bias, torch.autograd.grad(log_probs.sum(), (head.weight, head.bias))
+
+
+def test_a_projection_that_is_taken_apart_before_the_backward_has_its_gradient():
+    for hidden, weight, bias, gradients in run_on_ranks(2, gradient_on_rank):
+        weight.requires_grad_(), bias.requires_grad_()
+        log_probs = (hidden @ weight.T + bias).log_softmax(-1)[[0, 1], [1, 5]]
+        for actual, expected in zip(gradients, torch.autograd.grad(log_probs.sum(), (weight, bias)), strict=True):
+            torch.testing.assert_close(actual, expected)
