@@ -2,9 +2,11 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
+from torch import Tensor
 from torch import distributed as dist
 
 CPU = {"ACCELERATE_USE_CPU": "true"}
@@ -27,3 +29,37 @@ def launched(**variables: str) -> Iterator[None]:
             patched.setitem(deepspeed.ops.__compatible_ops__, "deepspeed_shm_comm", False)
         yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@contextlib.contextmanager
+def zero_settings(stage: int) -> Iterator[dict[str, Any]]:
+    """The arguments of Transformers' TrainingArguments for ZeRO of a stage, and the environment that they need."""
+    config = {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": 0.0,
+        # A parameter below the threshold would stay whole, and all those of a tiny model are.
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+    }
+    from transformers.integrations import unset_hf_deepspeed_config
+
+    with launched(**ZERO):
+        # Transformers names no backend for DeepSpeed on a machine without GPUs.
+        PartialState(backend="gloo")
+        try:
+            yield {"deepspeed": config, "accelerator_config": {"use_configured_state": True}}
+        finally:
+            # Models would go on being loaded in parts.
+            unset_hf_deepspeed_config()
+
+
+def whole_parameters(model: Any) -> dict[str, Tensor]:
+    """A copy of each parameter, gathered where ZeRO-3 has partitioned it."""
+    parts = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_id")]
+    if not parts:
+        return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(parts):
+        return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from em_kernels.models.partitioned import gathered
+
 
 @dataclass(frozen=True)
 class OutputHead:
@@ -114,7 +116,7 @@ def find_head(model: Any, *, vocab_size: int | None = None) -> OutputHead:
         made.append(torch.linspace(-60, 60, logits.numel(), device=logits.device).view_as(logits).to(logits.dtype))
         return made[-1]
 
-    with OutputHead(module).replaced(probed), evaluating(model):
+    with OutputHead(module).replaced(probed), evaluating(model), gathered(model):
         logits = model(input_ids=probe_tokens(model, rows), use_cache=False).logits
     if len(made) != 1:
         raise ValueError(f"the model uses its output projection {len(made)} times in a call, expected 1")

@@ -7,27 +7,19 @@ import pytest
 import torch
 
 pytest.importorskip("trl")
-from datasets import Dataset
-from tiny_model import save_tiny_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
+from transformers import AutoModelForCausalLM
 from trl.trainer import utils
+from trl_trainers import entropies_of, save_ending_model, trainer_of
 
 from em_kernels.integrations.trl import TargetEntropy, add_entropy_term, attach, detach, token_stats_in_trl
 
-TEXTS = ["one and one is two", "a", "three and four and five and six", "ten", "to be or not", "b c d", "x", "yes or no"]
 OWN = utils._ChunkedLogProbFunction
 
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
-    save_tiny_model(folder)
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    # Without this, the token that ends a completion is one in 257, and all completions have the same length.
-    hidden = model.model(**tokenizer(TEXTS[0], return_tensors="pt")).last_hidden_state
-    model.lm_head.weight.data[0] = hidden.mean((0, 1)) * 2
-    model.save_pretrained(folder)
+    save_ending_model(folder)
     return folder
 
 
@@ -35,41 +27,6 @@ def model_folder(tmp_path_factory):
 def nothing_stays_replaced():
     yield
     assert utils._ChunkedLogProbFunction is OWN
-
-
-def reward(completion_ids, **_):
-    return [float(sum(ids) % 7) for ids in completion_ids]
-
-
-def trainer_of(kind, folder, output, **settings):
-    common = {
-        "output_dir": str(output),
-        "max_steps": 2,
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "report_to": "none",
-        "use_cpu": True,
-        "save_strategy": "no",
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "seed": 3,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        **settings,
-    }
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    if kind == "sft":
-        data = Dataset.from_dict({"text": TEXTS})
-        return SFTTrainer(model, SFTConfig(**common, max_length=32), train_dataset=data, processing_class=tokenizer)
-    config, trainer = {"grpo": (GRPOConfig, GRPOTrainer), "rloo": (RLOOConfig, RLOOTrainer)}[kind]
-    return trainer(
-        model,
-        reward,
-        config(**common, num_generations=2, max_completion_length=6),
-        train_dataset=Dataset.from_dict({"prompt": TEXTS}),
-        processing_class=tokenizer,
-    )
 
 
 def parameters_of(trainer):
@@ -170,15 +127,6 @@ def test_a_projection_of_another_dtype_is_cast_as_in_trl():
     torch.testing.assert_close(gradient_of(ours), gradient_of(theirs))
 
 
-def test_a_partitioned_projection_is_refused():
-    weight = torch.nn.Parameter(torch.zeros(4, 2))
-    weight.ds_id = 0
-    with token_stats_in_trl(), pytest.raises(RuntimeError, match="ZeRO-3"):
-        utils._ChunkedLogProbFunction.apply(
-            torch.zeros(1, 2), weight, None, torch.zeros(1).long(), 1.0, 2, None, 1.0, ("log_probs",)
-        )
-
-
 def first_gradients(trainer, term):
     """The gradients of the first optimiser step and its batch, as the trainer makes them, with or without the term."""
     if term is not None:
@@ -200,21 +148,6 @@ def first_gradients(trainer, term):
     trainer.optimizer.register_step_pre_hook(keep)
     trainer.train()
     return found, batches[: trainer.args.gradient_accumulation_steps]
-
-
-def entropies_of(model, batch):
-    """The entropies of a batch's tokens from the model's full logits, in PyTorch, and which of them count."""
-    if "completion_ids" in batch:
-        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
-        attended = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
-        kept = batch["completion_mask"].bool()
-        logits = model(input_ids=ids, attention_mask=attended).logits[:, -kept.shape[1] - 1 : -1]
-    else:
-        kept = batch["labels"][:, 1:] != -100
-        given = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
-        logits = model(**given).logits[:, :-1]
-    logp = logits.log_softmax(-1)
-    return -(logp.exp() * logp).sum(-1), kept
 
 
 @pytest.mark.parametrize(

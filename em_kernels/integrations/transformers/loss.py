@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from em_kernels.entropy import entropy_loss
 from em_kernels.integrations.transformers.labels import IGNORED, check_shifted_count, shifted
 from em_kernels.models.head import evaluating, probe_tokens
+from em_kernels.models.partitioned import gathered
 
 
 class EntropyLoss:
@@ -76,7 +77,7 @@ def share(mask: Tensor | None, num_items: int | Tensor | None) -> float | Tensor
 @torch.no_grad()
 def check_own_loss(model: Any) -> None:
     """Raises ValueError unless the model's own loss is the cross-entropy of labels that are shifted by one position."""
-    with evaluating(model):
+    with evaluating(model), gathered(model):
         tokens = probe_tokens(model, model.get_input_embeddings().num_embeddings)
         output = model(input_ids=tokens, labels=tokens, use_cache=False, return_dict=True)
         auxiliary = auxiliary_loss(output, model)

@@ -48,7 +48,7 @@ class EntropyTrainer(Trainer):
         model = causal_model(self.model)
         check_free(model)
         self.objective = MeanEntropy(temperature)
-        # The head is found before the model is sharded.
+        # The head is found before the Trainer shards the model.
         self._forward = Forward(model, find_head(model, vocab_size=vocab_size), self.objective)
         check_own_loss(model)
         # The loss takes the count and shifts the labels, whatever the model's own loss does.

@@ -105,10 +105,9 @@ class _TokenStats:
         `chunk_size` is TRL's, in columns of the vocabulary, and is not looked at: our chunks are of tokens.
         """
         if hasattr(weight, "ds_id"):
-            raise RuntimeError(
-                "the output projection is partitioned by DeepSpeed ZeRO-3, which takes it apart again before the "
-                "backward; expected ZeRO-2, FSDP2 or data parallelism"
-            )
+            # TRL gathers what ZeRO-3 has partitioned, and takes it apart again before the backward. The parameter is
+            # empty then, and another view of it is not.
+            weight, bias = weight.view_as(weight), None if bias is None else bias.view_as(bias)
         extra = {"log_sum_sq_probs": "collision", "mean_logits": "mean_logprob", "is_top1": "top1"}
         stats = linear_token_stats(
             hidden,
