@@ -27,7 +27,10 @@ def import_quietly() -> None:
         raise UsageError(
             f"{error.name} is not installed; the command needs pip install 'em_kernels[one-shot]'"
         ) from None
-    sys.modules["transformers"].logging.set_verbosity_error()
+    logging = sys.modules["transformers"].logging
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
 
 
 def print_note(line: str) -> None:

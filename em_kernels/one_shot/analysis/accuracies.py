@@ -1,6 +1,6 @@
 """The accuracies of a run by step: where they were highest, and differences on the same problems with their errors."""
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 
 from em_kernels.one_shot.analysis.runs import Run
@@ -59,17 +59,31 @@ def difference_text(estimate: Estimate | None) -> str:
     """A difference in percentage points with its error, and whether the error explains it."""
     if estimate is None:
         return "not known: completions were not kept"
-    text = f"{100 * estimate.mean:+.1f} ± {100 * estimate.standard_error:.1f} points"
-    return text if estimate.seen else f"{text}, no difference seen"
+    return points_text(estimate) + ("" if estimate.seen else ", no difference seen")
+
+
+def points_text(estimate: Estimate) -> str:
+    return f"{100 * estimate.mean:+.1f} ± {100 * estimate.standard_error:.1f} points"
 
 
 def when(step: int) -> str:
     return f"after step {step}" if step else "before training"
 
 
-def _scores(records: list[Record], temperature: float) -> dict[Hashable, list[float]]:
+def last_scores(runs: Iterable[Run], decoding: str) -> dict[Hashable, list[float]]:
+    """The scores after the last step that each run measured, by problem, those of all runs together."""
+    together: dict[Hashable, list[float]] = {}
+    for run in runs:
+        steps = run.accuracies(decoding)
+        for problem, values in (_scores(run.records(max(steps)), DECODINGS[decoding]) if steps else {}).items():
+            together.setdefault(problem, []).extend(values)
+    return together
+
+
+def _scores(records: Iterable[Record], temperature: float) -> dict[Hashable, list[float]]:
     scores: dict[Hashable, list[float]] = {}
     for record in records:
         if record.temperature == temperature:
-            scores.setdefault((record.task, record.problem), []).append(float(record.verdict == "right"))
+            # Two runs may have drawn other problems under the same number.
+            scores.setdefault((record.task, record.question), []).append(float(record.verdict == "right"))
     return scores

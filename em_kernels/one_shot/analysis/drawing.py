@@ -46,6 +46,10 @@ def draw_band(axes: Axes, at: Sequence[float], middle: Sequence[float], spread: 
     axes.fill_between(at, low, high, color=style.get("color"), alpha=0.18, linewidth=0)
 
 
+def draw_absence(axes: Axes) -> None:
+    axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes, color="gray")
+
+
 def draw_legend(figure: Figure, axes: Axes, *, columns: int = 1) -> None:
     """One legend for all axes, below them, with the labels of one of them."""
     handles, labels = axes.get_legend_handles_labels()

@@ -82,8 +82,7 @@ def published_table(tasks: Collection[str] = TASKS) -> list[str]:
         f"|---|{'---:|' * len(shown)}---:|---|",
     ]
     lines += [
-        f"| {row.model} | {' | '.join(f'{row.percent[task]:.1f}' for task in shown)} | {row.average:.1f} "
-        f"| {row.source} |"
+        f"| {row.model} | {' | '.join(str(row.percent[task]) for task in shown)} | {row.average:.1f} | {row.source} |"
         for row in ACCURACIES
     ]
     lines += [

@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from em_kernels.one_shot.analysis.accuracies import CHOSEN_ON, courses, difference, difference_text, when
-from em_kernels.one_shot.analysis.drawing import colour, draw_legend, label_steps, new_axes, save_figure
+from em_kernels.one_shot.analysis.drawing import colour, draw_absence, draw_legend, label_steps, new_axes, save_figure
 from em_kernels.one_shot.analysis.runs import Run
 from em_kernels.one_shot.analysis.tables import markdown_table
 
@@ -69,7 +69,7 @@ def draw_steps(target: Path, runs: Sequence[Run]) -> None:
     shares.set_title("truncated completions (solid), decided tokens (dotted)", loc="left", fontsize=9)
     shares.set_ylabel("%")
     if not any(run.evaluations for run in runs):
-        accuracy.text(0.5, 0.5, "not measured", ha="center", transform=accuracy.transAxes, color="gray")
+        draw_absence(accuracy)
     for axes in (losses, accuracy, lengths, shares):
         axes.set_ylim(bottom=0)
         label_steps(axes)

@@ -12,6 +12,10 @@ _QUESTION_FIELDS = ("prompt", "problem", "question", "Question", "input", "messa
 _ANSWER_FIELDS = ("final_answer", "answer", "answers", "target", "Answer", "ground_truth", "solution")
 
 
+class NoAnswerError(UsageError):
+    """A row has no answer."""
+
+
 def question_of(row: Row) -> str:
     """The question of a row, after its `context` or `Body` where it has one.
 
@@ -39,7 +43,7 @@ def answers_of(row: Row) -> tuple[str, ...]:
     last \boxed{}.
 
     Raises:
-        UsageError: no field holds an answer.
+        NoAnswerError: no field holds an answer.
     """
     reward = row.fields.get("reward_model")
     fields = {**row.fields, **(reward if isinstance(reward, dict) else {})}
@@ -50,7 +54,7 @@ def answers_of(row: Row) -> tuple[str, ...]:
         answers = [_answer(item) for item in (value if isinstance(value, list) else [value])]
         if answers and "" not in answers:
             return tuple(dict.fromkeys(answers))
-    raise UsageError(
+    raise NoAnswerError(
         f"{row.where}: expected an answer in one of {', '.join(_ANSWER_FIELDS)} (with #### or \\boxed{{}} in a "
         "solution), reward_model.ground_truth"
     )

@@ -1,11 +1,11 @@
 """Problems with known answers, read from files."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from em_kernels.one_shot.data.fields import answers_of, number_of, question_of, unit_of
-from em_kernels.one_shot.data.rows import read_rows
+from em_kernels.one_shot.data.rows import Row, read_rows
 from em_kernels.one_shot.errors import UsageError
 
 
@@ -38,6 +38,11 @@ def read_problems(path: Path, *, note: Callable[[str], None]) -> list[Problem]:
     Raises:
         UsageError: the file cannot be read or has no rows, or a row has no question or no answer.
     """
+    return problems_of(read_rows(path), str(path), note=note)
+
+
+def problems_of(rows: Iterable[Row], source: str, *, note: Callable[[str], None]) -> list[Problem]:
+    """The problems of rows, as `read_problems` reads them; `source` says in messages where the rows are from."""
     problems = [
         Problem(
             question_of(row),
@@ -46,11 +51,11 @@ def read_problems(path: Path, *, note: Callable[[str], None]) -> list[Problem]:
             number_of(row, ("tolerance", "error")),
             number_of(row, ("relative_tolerance",)),
         )
-        for row in read_rows(path)
+        for row in rows
     ]
     if not problems:
-        raise UsageError(f"problem file {path} is empty")
+        raise UsageError(f"problem file {source} is empty")
     different = list(dict.fromkeys(problems))
     if len(different) < len(problems):
-        note(f"{path}: {len(problems)} rows, {len(different)} different; a repeated problem counts once")
+        note(f"{source}: {len(problems)} rows, {len(different)} different; a repeated problem counts once")
     return different

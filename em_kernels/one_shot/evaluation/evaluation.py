@@ -1,52 +1,26 @@
-"""The evaluation of a policy: accuracy on word problems, and a few completions of the training prompts."""
+"""The evaluation of a policy: every problem's completion and verdict, and a few completions of the training prompts."""
 
-import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
-from em_kernels import token_entropy
-from em_kernels.one_shot.data.built_in import make_problems
 from em_kernels.one_shot.data.problems import Problem
 from em_kernels.one_shot.evaluation.grading import Grader, Verdict
+from em_kernels.one_shot.evaluation.records import Record
+from em_kernels.one_shot.evaluation.statistics import mean_over_problems
 from em_kernels.one_shot.policy import Policy
+from em_kernels.one_shot.policy.generation import Request
 from em_kernels.one_shot.policy.sampling import Sampling, derive_seed
+from em_kernels.one_shot.token_scores import score_tokens
 
 # With the built-in model, two cores decode 160 tokens a second at 32 completions at once, and 126 at 16.
 _PROBLEMS_AT_ONCE = 32
 _COMPLETIONS_SHOWN = 3
 # No seed of the evaluation may equal that of a training step, which is derived from (seed, step, rank).
 _EVALUATION_STREAM = 2**31
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """The number of correct answers; `mean` is their share, and `standard_error` the standard error of that share.
-
-    Attributes:
-        correct: the number of completions whose answer is right.
-        total: the number of completions.
-        unreadable: the number of completions, none of them correct, in which no answer could be read.
-    """
-
-    correct: int
-    total: int
-    unreadable: int = 0
-
-    @property
-    def mean(self) -> float:
-        return self.correct / self.total
-
-    @property
-    def standard_error(self) -> float:
-        return math.sqrt(self.mean * (1 - self.mean) / self.total)
-
-    def __str__(self) -> str:
-        unreadable = f" ({self.unreadable} unreadable)" if self.unreadable else ""
-        return f"{self.mean:.1%} ± {self.standard_error:.1%}{unreadable}"
 
 
 @dataclass(frozen=True)
@@ -67,122 +41,94 @@ class Completion:
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """The results of one evaluation.
+class ProblemSet:
+    """Problems under a name, which their records bear."""
 
-    Attributes:
-        greedy: the accuracy of the most likely tokens; None where the evaluation had no problems.
-        sampled: the accuracy at temperature 1; None where the evaluation had no problems.
-        completions: sampled completions of training prompts.
-    """
-
-    greedy: Accuracy | None
-    sampled: Accuracy | None
-    completions: list[Completion]
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "Evaluation":
-        return cls(
-            greedy=values["greedy"] and Accuracy(**values["greedy"]),
-            sampled=values["sampled"] and Accuracy(**values["sampled"]),
-            completions=[Completion(**completion) for completion in values["completions"]],
-        )
+    name: str
+    problems: Sequence[Problem]
 
 
 def evaluate(
     accelerator: Accelerator,
     policy: Policy,
-    prompts: Sequence[str],
+    problem_set: ProblemSet,
     *,
-    size: int,
-    temperature: float,
     max_new_tokens: int,
     seed: int,
     when: str,
-) -> Evaluation:
-    """Measures accuracy on seeded problems, shared out among the processes, and samples a few completions.
+) -> tuple[list[Record], float | None]:
+    """Completes each problem twice, with the most likely tokens and at temperature 1, and grades the completions.
+
+    The problems are shared out among the processes.
 
     Args:
         accelerator: the run's Accelerator.
         policy: the policy to evaluate.
-        prompts: the training prompts. A few of them are completed, and no problem equals one of them but for numbers.
-        size: the number of problems; 0 measures no accuracy.
-        temperature: the temperature of the completions of the training prompts.
+        problem_set: the problems.
         max_new_tokens: the longest completion, in tokens.
-        seed: the seed of the problems and of sampling.
-        when: "before" or "after", for the progress bar.
+        seed: the seed of sampling; a completion depends on it, its problem and the policy alone, up to rounding.
+        when: what to call the evaluation where its progress is shown.
+
+    Returns:
+        The records of all processes, by temperature and problem, and the agreement: the share of problems on which the
+        sampled completion has the answer of the greedy one. It is None without problems.
     """
-    greedy = sampled = None
-    if size:
-        problems = make_problems(size, seed=seed, exclude=prompts)
-        limits = {"max_new_tokens": max_new_tokens, "seed": seed}
-        with Grader() as grader:
-            greedy = _accuracy(accelerator, policy, grader, problems, None, **limits, description=f"{when}: greedy")
-            sampled = _accuracy(
-                accelerator, policy, grader, problems, 1.0, **limits, description=f"{when}: temperature 1"
-            )
-    shown = [prompts[i % len(prompts)] for i in range(_COMPLETIONS_SHOWN)]
-    # Every process samples the same completions, because a sharded model answers to all processes or to none.
-    completions = _observe(accelerator, policy, shown, temperature, max_new_tokens, seed, f"{when}: completions")
-    return Evaluation(greedy, sampled, completions)
+    if not problem_set.problems:
+        return [], None
+    with Grader() as grader:
+        greedy = _graded(accelerator, policy, grader, problem_set, None, max_new_tokens, seed, f"{when}: greedy")
+        sampled = _graded(accelerator, policy, grader, problem_set, 1.0, max_new_tokens, seed, f"{when}: temperature 1")
+        pairs = [(a.answer, b.answer) for a, b in zip(greedy, sampled, strict=True)]
+        agreeing = sum(a is not None and b is not None and grader.same(a, b) for a, b in pairs)
+    return [*greedy, *sampled], agreeing / len(problem_set.problems)
 
 
-def _accuracy(
-    accelerator: Accelerator,
-    policy: Policy,
-    grader: Grader,
-    problems: list[Problem],
-    temperature: float | None,
-    *,
-    max_new_tokens: int,
-    seed: int,
-    description: str,
-) -> Accuracy:
-    rank, processes = accelerator.process_index, accelerator.num_processes
-    own = problems[rank::processes]
-    verdicts: list[Verdict] = []
-    # The first process has the most problems, and the others sample as often, so that a sharded model answers to all.
-    for start in range(0, len(problems[::processes]), _PROBLEMS_AT_ONCE):
-        batch = own[start : start + _PROBLEMS_AT_ONCE]
-        asked = batch or problems[:1]
-        rollout = policy.sample(
-            [problem.question for problem in asked],
-            Sampling(temperature, max_new_tokens),
-            seed=derive_seed(seed, _EVALUATION_STREAM + start, rank),
-            description=f"{description}, problems {start + 1}-{start + len(batch)} of {len(own)}",
-            show_progress=accelerator.is_main_process,
-        )
-        texts = policy.texts(rollout)[: len(batch)]
-        verdicts += [grader.grade(text, problem).verdict for text, problem in zip(texts, batch, strict=True)]
-    counts = torch.tensor([verdicts.count(verdict) for verdict in (Verdict.RIGHT, Verdict.UNREADABLE)])
-    correct, unreadable = accelerator.reduce(counts.to(accelerator.device), "sum").tolist()
-    return Accuracy(correct, len(problems), unreadable)
+def summaries(step: int, records: Sequence[Record], agreement: float | None) -> list[dict[str, Any]]:
+    """The lines of evaluations.jsonl that sum up the records of an evaluation, one for each temperature."""
+    rows = []
+    for temperature in sorted({record.temperature for record in records}):
+        own = [record for record in records if record.temperature == temperature]
+        accuracy = mean_over_problems(scores(own, temperature))
+        row = {
+            "step": step,
+            "decoding": "greedy" if temperature == 0 else "sampled",
+            "temperature": temperature,
+            "accuracy": accuracy.mean,
+            "standard_error": accuracy.standard_error,
+            "problems": len(own),
+            "unreadable": sum(record.verdict == Verdict.UNREADABLE.value for record in own),
+            "truncated": sum(record.truncated for record in own),
+            "length_mean": sum(record.tokens for record in own) / len(own),
+        }
+        rows.append(row if temperature == 0 or agreement is None else {**row, "agreement": agreement})
+    return rows
 
 
-@torch.no_grad()
-def _observe(
-    accelerator: Accelerator,
-    policy: Policy,
-    prompts: list[str],
-    temperature: float,
-    max_new_tokens: int,
-    seed: int,
-    description: str,
+def scores(records: Sequence[Record], temperature: float) -> dict[Hashable, list[float]]:
+    """For each problem 1 for a right completion at the temperature and 0 for another."""
+    return {
+        record.problem: [float(record.verdict == Verdict.RIGHT.value)]
+        for record in records
+        if record.temperature == temperature
+    }
+
+
+def show(
+    accelerator: Accelerator, policy: Policy, prompts: Sequence[str], sampling: Sampling, *, seed: int, when: str
 ) -> list[Completion]:
-    """A completion of each prompt, with the entropy of its tokens."""
+    """A few completions of the prompts, with the entropy of their tokens."""
+    asked = [prompts[i % len(prompts)] for i in range(_COMPLETIONS_SHOWN)]
+    # Every process samples the same completions, because a sharded model answers to all processes or to none.
     rollout = policy.sample(
-        prompts,
-        Sampling(temperature, max_new_tokens),
+        asked,
+        sampling,
         seed=derive_seed(seed, _EVALUATION_STREAM),
-        description=description,
+        description=f"{when}: completions",
         show_progress=accelerator.is_main_process,
     )
-    entropy = token_entropy(policy.completion_logits(rollout), mask=rollout.completion_mask)
+    entropy = score_tokens(policy, rollout).entropy
     completions = zip(
-        prompts, policy.texts(rollout), rollout.completion_ids(), entropy, rollout.completion_mask, strict=True
+        asked, policy.texts(rollout), rollout.completion_ids(), entropy, rollout.completion_mask, strict=True
     )
     return [
         Completion(
@@ -193,3 +139,59 @@ def _observe(
         )
         for prompt, text, ids, row, mask in completions
     ]
+
+
+def _graded(
+    accelerator: Accelerator,
+    policy: Policy,
+    grader: Grader,
+    problem_set: ProblemSet,
+    temperature: float | None,
+    max_new_tokens: int,
+    seed: int,
+    description: str,
+) -> list[Record]:
+    """The record of a completion of each problem, in their order."""
+    problems = problem_set.problems
+    own = range(accelerator.process_index, len(problems), accelerator.num_processes)
+    # The first process has the most problems, and the others complete as many, so that a sharded model answers to all.
+    asked = [*own, *[0] * (len(range(0, len(problems), accelerator.num_processes)) - len(own))]
+    requests = [
+        Request((place, i), problems[i].question, derive_seed(seed, _EVALUATION_STREAM, i))
+        for place, i in enumerate(asked)
+    ]
+    completions = policy.complete(
+        requests,
+        Sampling(temperature, max_new_tokens),
+        at_once=_PROBLEMS_AT_ONCE,
+        description=description,
+        show_progress=accelerator.is_main_process,
+    )
+    records = list(_records(grader, problem_set, completions, len(own), temperature or 0.0))
+    if accelerator.num_processes > 1:
+        records = gather_object(records)
+    return sorted(records, key=lambda record: record.problem)
+
+
+def _records(
+    grader: Grader, problem_set: ProblemSet, completions: Any, wanted: int, temperature: float
+) -> Iterator[Record]:
+    for generated in completions:
+        place, i = generated.key
+        if place >= wanted:
+            continue
+        problem = problem_set.problems[i]
+        grade = grader.grade(generated.text, problem, truncated=generated.truncated)
+        yield Record(
+            task=problem_set.name,
+            problem=i,
+            sample=0,
+            temperature=temperature,
+            question=problem.question,
+            answers=problem.answers,
+            completion=generated.text,
+            answer=grade.answer,
+            verdict=grade.verdict.value,
+            tokens=generated.tokens,
+            truncated=generated.truncated,
+        )

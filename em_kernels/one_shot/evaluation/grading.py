@@ -25,12 +25,14 @@ class Verdict(Enum):
     within the limits of time and memory. It is unfinished where the completion was cut off at its longest length before
     it concluded: a number on the way is no answer, and a text that goes on in circles has none. The one conclusion
     that a cut-off text can have reached is a closed \boxed{}, which is how a model is asked to mark its final answer.
+    It is ungraded where the problem has no accepted answer.
     """
 
     RIGHT = "right"
     WRONG = "wrong"
     UNREADABLE = "unreadable"
     UNFINISHED = "unfinished"
+    UNGRADED = "ungraded"
 
 
 class Grade(NamedTuple):
@@ -83,7 +85,15 @@ class Grader:
         }
         right, answer = self._ask(question) or (None, None)
         verdict = {True: Verdict.RIGHT, False: Verdict.WRONG, None: Verdict.UNREADABLE}[right]
-        return Grade(verdict, answer)
+        return Grade(verdict if problem.answers or answer is None else Verdict.UNGRADED, answer)
+
+    def same(self, answer: str, other: str) -> bool:
+        """Whether two answers are the same, as far as they can be read.
+
+        Raises:
+            RuntimeError: as `grade`.
+        """
+        return self._ask({"accepted": answer, "answer": other}) is True
 
     def _ask(self, question: dict[str, Any]) -> Any:
         """The reply to a question, or None where the process ended without one."""

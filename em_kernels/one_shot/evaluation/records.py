@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from em_kernels.one_shot.errors import UsageError
+from em_kernels.one_shot.runs.files import failing_as_os_error
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def read_records(path: Path) -> list[Record]:
 
 def append_records(path: Path, records: Iterable[Record]) -> None:
     """Adds records to the end of a file, which has to end with a whole line, as `drop_cut_line` sees to."""
-    with path.open("a", encoding="utf-8") as file:
+    with failing_as_os_error(path), path.open("a", encoding="utf-8") as file:
         file.writelines(f"{record.to_line()}\n" for record in records)
 
 

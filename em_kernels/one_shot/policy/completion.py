@@ -1,7 +1,8 @@
 """A completion in the making, and what it takes to make one."""
 
+import contextlib
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,12 +23,14 @@ class Decoding:
         sampling: the settings of sampling.
         stops: what ends a completion.
         padding: the id of the token that pads.
+        computing: makes the context in which the model computes.
     """
 
     model: Any
     sampling: Sampling
     stops: Stops
     padding: int
+    computing: Callable[[], contextlib.AbstractContextManager[Any]]
 
 
 @dataclass
@@ -39,12 +42,14 @@ class Completion:
         uniform: the numbers of the draws, one a token, which are those of the completion's own seed.
         ids: the token ids of the completion, up to and including the one that ends it.
         ended: whether a token or a text ended the completion.
+        key: what tells the completion from others.
     """
 
     prompt: list[int]
     uniform: random.Random
     ids: list[int] = field(default_factory=list)
     ended: bool = False
+    key: Hashable = None
 
     def extend(self, ids: Sequence[int], stops: Stops) -> None:
         """Takes newly drawn tokens, of which those after the end of the completion are left out."""

@@ -1,7 +1,14 @@
-"""What a policy is asked to complete, and what comes back."""
+"""What a policy is asked to complete, what comes back, and the choice of what completes it."""
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from em_kernels.one_shot.policy.cache import rows_can_change
+from em_kernels.one_shot.policy.completion import Completion, Decoding
+from em_kernels.one_shot.policy.decoding import decode
+from em_kernels.one_shot.policy.library import complete_by_generate
 
 
 @dataclass(frozen=True)
@@ -34,3 +41,26 @@ class Generated:
     text: str
     tokens: int
     truncated: bool
+
+
+def finish(
+    decoding: Decoding, completions: Iterable[Completion], at_once: int, tick: Callable[[int], Any]
+) -> Iterator[Completion]:
+    """Yields each completion when it is done, in any order.
+
+    A model whose cache cannot drop a row completes batches of `at_once`, each of which takes as long as its longest
+    completion. The tokens are the same.
+
+    Args:
+        decoding: the model and the settings.
+        completions: completions without tokens, which are taken as places become free.
+        at_once: the number of places.
+        tick: called with the number of tokens that each completion in the making has grown by.
+    """
+    if rows_can_change(decoding.model):
+        yield from decode(decoding, completions, at_once, tick)
+        return
+    pending = iter(completions)
+    while batch := list(islice(pending, at_once)):
+        complete_by_generate(decoding, batch, tick)
+        yield from batch

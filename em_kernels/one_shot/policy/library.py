@@ -31,7 +31,7 @@ def complete_by_generate(decoding: Decoding, batch: Sequence[Completion], tick: 
     model = decoding.model
     prompts = [completion.prompt for completion in batch]
     input_ids, attended = (tensor.to(model.device) for tensor in padded(prompts, decoding.padding, left=True))
-    with _bare_generation_settings(decoding):
+    with torch.no_grad(), decoding.computing(), _bare_generation_settings(decoding):
         output = model.generate(
             input_ids=input_ids,
             attention_mask=attended.long(),

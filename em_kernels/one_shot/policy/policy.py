@@ -3,7 +3,6 @@
 import contextlib
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from itertools import islice
 from typing import Any
 
 import torch
@@ -13,8 +12,7 @@ from tqdm import tqdm
 from em_kernels.models.head import OutputHead
 from em_kernels.one_shot.policy.chat import OWN_TEMPLATE, ChatFormat, encode_prompts
 from em_kernels.one_shot.policy.completion import Completion, Decoding, check_context
-from em_kernels.one_shot.policy.generation import Generated, Request
-from em_kernels.one_shot.policy.library import complete_by_generate
+from em_kernels.one_shot.policy.generation import Generated, Request, finish
 from em_kernels.one_shot.policy.rollout import Rollout, join
 from em_kernels.one_shot.policy.sampling import Sampling, derive_seed
 from em_kernels.one_shot.policy.scoring import scoring_inputs
@@ -104,8 +102,9 @@ class Policy:
             total=sampling.max_new_tokens, desc=description, unit="token", leave=False, disable=not show_progress
         ) as bar:
             decoding = self._decoding(sampling)
-            with torch.no_grad(), self.computing():
-                complete_by_generate(decoding, batch, bar.update)
+            # Entered here, autocast converts the weights once, and not every few tokens.
+            with self.computing():
+                list(finish(decoding, batch, len(batch), bar.update))
         return join(batch, decoding.padding, self.model.device)
 
     def complete(
@@ -134,16 +133,12 @@ class Policy:
         """
         decoding = self._decoding(sampling)
         total = len(requests) if isinstance(requests, Sized) else None
-        pending = iter(requests)
+        completions = (self._begin(request, sampling) for request in requests)
         with tqdm(total=total, desc=description, unit="completion", leave=False, disable=not show_progress) as bar:
-            while wave := list(islice(pending, at_once)):
-                batch = [self._begin(request, sampling) for request in wave]
-                with torch.no_grad(), self.computing():
-                    complete_by_generate(decoding, batch, lambda _: None)
-                for request, completion in zip(wave, batch, strict=True):
-                    bar.update(1)
-                    text = decoding.stops.text(completion.ids)
-                    yield Generated(request.key, text, len(completion.ids), not completion.ended)
+            for completion in finish(decoding, completions, at_once, lambda _: None):
+                bar.update(1)
+                text = decoding.stops.text(completion.ids)
+                yield Generated(completion.key, text, len(completion.ids), not completion.ended)
 
     def texts(self, rollout: Rollout) -> list[str]:
         """The completions as text, without special tokens, up to the first of the texts that end a completion."""
@@ -153,13 +148,15 @@ class Policy:
     def _begin(self, request: Request, sampling: Sampling) -> Completion:
         [ids] = encode_prompts(self.tokenizer, [request.prompt], self.chat)
         check_context(self.model, len(ids), sampling.max_new_tokens)
-        return Completion(ids, random.Random(request.seed))
+        return Completion(ids, random.Random(request.seed), key=request.key)
 
     def _decoding(self, sampling: Sampling) -> Decoding:
         self.model.eval()
         # Any token will do as padding, because no mask is ever derived from the padding token.
         padding = self.tokenizer.pad_token_id or 0
-        return Decoding(self.model, sampling, find_stops(self.model, self.tokenizer, self.chat), padding)
+        return Decoding(
+            self.model, sampling, find_stops(self.model, self.tokenizer, self.chat), padding, self.computing
+        )
 
     def completion_logits(self, rollout: Rollout) -> Tensor:
         """The logits that each generated token was drawn from: (batch, completion, V).

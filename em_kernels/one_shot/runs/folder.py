@@ -1,19 +1,25 @@
-"""The folder of a run: its settings, its results so far, and the state that it resumes from after an interruption.
+"""The folder of a run: its settings, its results so far, and the state that it resumes from.
 
 config.json        the settings, versions and device
-metrics.jsonl      one line per optimiser step
-before.json        accuracy and completions of the model before training
-state-N/           parameters and optimiser after step N, the last that was kept; removed once the run is finished
-after.json         accuracy and completions of the trained model
-completions.txt    the completions, before and after, to read
+metrics.jsonl      one line per optimiser step: the fields of `StepStats` and `describe_rollout`, the fields
+                   gradient_norm, update_norm, learning_rate, kl (see `drift`), seconds and peak memory
+evaluations.jsonl  one line per evaluation and way of decoding; step 0 is before training
+evaluations/       step-N.jsonl: every problem's completion and verdict (see `Record`), and shown-N.json: completions of
+                   training prompts with the entropy of each token
+reference.json     completions by the starting model with their log-probabilities, which `kl` is measured on
+state-N/           parameters and optimiser after step N, the last that was kept
+completions.txt    the completions of training prompts before and after, to read
 report.png         the loss, and a completion before and after, coloured by entropy
+checkpoint-N/      the model after step N
 checkpoint/        the trained model and its tokenizer, for from_pretrained; written last
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +27,11 @@ from torch import Tensor
 
 from em_kernels.one_shot.config import TrainConfig
 from em_kernels.one_shot.errors import UsageError
+from em_kernels.one_shot.evaluation.records import Record
 from em_kernels.one_shot.policy.model import save_model
-from em_kernels.one_shot.runs.files import remove_unfinished, unfinished, write_text
+from em_kernels.one_shot.runs.files import is_unfinished, remove_unfinished, unfinished, write_text
+from em_kernels.one_shot.runs.lock import is_lock, locked
+from em_kernels.one_shot.stopping import stopped_by
 
 
 class RunFolder:
@@ -32,40 +41,49 @@ class RunFolder:
         self.path = path
         self.config = path / "config.json"
         self.metrics = path / "metrics.jsonl"
+        self.evaluations = path / "evaluations.jsonl"
         self.completions = path / "completions.txt"
+        self.reference = path / "reference.json"
         self.picture = path / "report.png"
         self.checkpoint = path / "checkpoint"
 
-    def open(self, config: TrainConfig, *, resume: bool, surroundings: dict[str, Any]) -> None:
-        """Makes the folder ready for the run to start or go on, and drops the metrics of a step that was not finished.
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Makes the folder and keeps other processes out of it until the block ends.
+
+        If no run has begun in it by then, what this call has made is gone again.
+
+        Raises:
+            UsageError: another process trains in the folder.
+        """
+        made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with locked(self.path):
+                yield
+        finally:
+            if not self.config.exists():
+                with contextlib.suppress(OSError):  # A folder that something else was put into stays.
+                    for folder in made:
+                        folder.rmdir()
+
+    def check(self, config: TrainConfig, *, resume: bool, processes: int) -> None:
+        """Checks that a run can start in the folder or go on, before there is any work.
 
         Raises:
             UsageError: the folder is not empty, and either `resume` is false, or the folder holds no run, or its run
-                has other settings or another number of processes.
+                has other settings or another number of processes, or cannot go on.
         """
-        if self.path.exists() and any(self.path.iterdir()):
-            if not resume:
-                raise UsageError(f"run folder {self.path} is not empty; --resume continues the run in it")
-            self._check_same(config, surroundings["processes"])
-        self.path.mkdir(parents=True, exist_ok=True)
-        remove_unfinished(self.path)
-        if not self.config.exists():
-            values = {"config": dataclasses.asdict(config), **surroundings}
-            write_text(self.config, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
-        if self.checkpoint.exists():
-            self._remove_states()
-        else:
-            lines = self._metrics_lines()[: self.finished_steps()]
-            write_text(self.metrics, "".join(f"{line}\n" for line in lines))
-
-    def _check_same(self, config: TrainConfig, processes: int) -> None:
+        if not self.path.exists() or all(is_unfinished(path) or is_lock(path) for path in self.path.iterdir()):
+            return
+        if not resume:
+            raise UsageError(f"run folder {self.path} is not empty; --resume continues the run in it")
         if not self.config.is_file():
             raise UsageError(f"run folder {self.path} is not empty, but holds no run to resume (no config.json)")
         try:
             written = json.loads(self.config.read_text(encoding="utf-8"))
-            values, started_processes = written["config"], written["processes"]
-            started = TrainConfig(**{**values, "prompts": tuple(values["prompts"])})
-        except (KeyError, TypeError, ValueError):
+            started, started_processes = TrainConfig.from_json(written["config"]), written["processes"]
+        except (AttributeError, KeyError, TypeError, ValueError):
             raise UsageError(
                 f"run folder {self.path} is not empty, and its config.json is not of a run of this version"
             ) from None
@@ -75,8 +93,41 @@ class RunFolder:
             differences.append(f"processes: {started_processes}, not {processes}")
         if differences:
             raise UsageError(f"the run in {self.path} has other settings: {'; '.join(differences)}")
+        taken = len(self.read_metrics()) if self.checkpoint.exists() else self.kept_step()
+        if config.steps < taken:
+            raise UsageError(f"steps is {config.steps}, but the run in {self.path} has taken {taken}, expected no less")
+        if self.checkpoint.exists() and not self.is_finished(config) and self.kept_step() < taken:
+            raise UsageError(f"the run in {self.path} cannot go on, because its {self.state(taken).name} is gone")
 
-    def finished_steps(self) -> int:
+    def is_finished(self, config: TrainConfig) -> bool:
+        """Whether the folder has the result of a run with these settings."""
+        metrics = self.read_metrics()
+        done = len(metrics) >= config.steps or stopped_by(config.stop_when, metrics, self.read_evaluations())
+        return self.checkpoint.exists() and bool(done)
+
+    def begin(self, config: TrainConfig, surroundings: dict[str, Any]) -> None:
+        """Makes the folder, which `check` has let pass, ready for the next step: drops what is later than the state."""
+        for folder in (self.path, self.path / "evaluations"):
+            remove_unfinished(folder)
+        last = self.kept_step()
+        if self.checkpoint.exists():
+            # The result of fewer steps keeps its name by step.
+            if self.checkpoint_after(last).exists():
+                shutil.rmtree(self.checkpoint)
+            else:
+                os.replace(self.checkpoint, self.checkpoint_after(last))
+        if self.config.exists():
+            surroundings = json.loads(self.config.read_text(encoding="utf-8"))
+        values = {"config": None, **surroundings} | {"config": dataclasses.asdict(config)}
+        write_text(self.config, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+        _write_rows(self.metrics, [row for row in self.read_metrics() if row["step"] <= last])
+        if self.evaluations.exists():
+            _write_rows(self.evaluations, [row for row in self.read_evaluations() if row["step"] <= last])
+        for path in self._shown(0).parent.glob("shown-*.json"):
+            if int(path.stem.removeprefix("shown-")) > last:
+                path.unlink()
+
+    def kept_step(self) -> int:
         """The last step whose state was kept, 0 if there is none."""
         return max((int(folder.name.removeprefix("state-")) for folder in self.path.glob("state-*")), default=0)
 
@@ -91,33 +142,51 @@ class RunFolder:
     def keep_state(self, step: int) -> None:
         """Puts the state that has been written in the place of the one before."""
         os.replace(self.unfinished_state(step), self.state(step))
-        self._remove_states(but=step)
-
-    def _remove_states(self, but: int | None = None) -> None:
         for folder in self.path.glob("state-*"):
-            if but is None or folder != self.state(but):
+            if folder != self.state(step):
                 shutil.rmtree(folder)
 
     def append_metrics(self, values: dict[str, Any]) -> None:
         # The whole file is written anew, because an append to a full disk can leave half a line.
-        write_text(self.metrics, "".join(f"{line}\n" for line in [*self._metrics_lines(), json.dumps(values)]))
+        _write_rows(self.metrics, [*self.read_metrics(), values])
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self._metrics_lines()]
+        return _read_rows(self.metrics)
 
-    def _metrics_lines(self) -> list[str]:
-        return self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.exists() else []
+    def write_reference(self, text: str) -> None:
+        write_text(self.reference, text)
 
-    def write_evaluation(self, when: str, values: dict[str, Any]) -> None:
-        write_text(self.path / f"{when}.json", json.dumps(values, indent=1, ensure_ascii=False) + "\n")
+    def write_evaluation(
+        self, step: int, rows: Sequence[dict[str, Any]], records: Sequence[Record], shown: Sequence[dict[str, Any]]
+    ) -> None:
+        """Writes the results of the evaluation after a step; the last of the three files makes it complete."""
+        self.records(step).parent.mkdir(exist_ok=True)
+        if records:
+            write_text(self.records(step), "".join(f"{record.to_line()}\n" for record in records))
+            _write_rows(self.evaluations, [*(row for row in self.read_evaluations() if row["step"] != step), *rows])
+        write_text(self._shown(step), json.dumps(shown, indent=1, ensure_ascii=False) + "\n")
 
-    def read_evaluation(self, when: str) -> dict[str, Any] | None:
-        path = self.path / f"{when}.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    def is_evaluated(self, step: int) -> bool:
+        return self._shown(step).exists()
 
-    def write_checkpoint(self, model: Any, tokenizer: Any, state: dict[str, Tensor] | None = None) -> None:
-        save_model(model, tokenizer, self.checkpoint, state)
-        self._remove_states()
+    def read_evaluations(self) -> list[dict[str, Any]]:
+        return _read_rows(self.evaluations)
+
+    def records(self, step: int) -> Path:
+        """The file with the completions and verdicts of the evaluation after a step."""
+        return self.path / "evaluations" / f"step-{step}.jsonl"
+
+    def read_shown(self, step: int) -> list[dict[str, Any]]:
+        return json.loads(self._shown(step).read_text(encoding="utf-8"))
+
+    def _shown(self, step: int) -> Path:
+        return self.path / "evaluations" / f"shown-{step}.json"
+
+    def checkpoint_after(self, step: int) -> Path:
+        return self.path / f"checkpoint-{step}"
+
+    def write_checkpoint(self, folder: Path, model: Any, tokenizer: Any, state: dict[str, Tensor] | None) -> None:
+        save_model(model, tokenizer, folder, state)
 
 
 def default_run_folder(name: str, *, resume: bool) -> Path:
@@ -126,3 +195,11 @@ def default_run_folder(name: str, *, resume: bool) -> Path:
     while os.path.lexists(path):
         number, last, path = number + 1, path, Path("runs", f"{name}-{number + 1}")
     return last if resume and last else path
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def _write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    write_text(path, "".join(f"{json.dumps(row)}\n" for row in rows))

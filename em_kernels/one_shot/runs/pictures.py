@@ -1,4 +1,4 @@
-"""The output of a run that a person reads: a line per step, the completions as text, and one picture."""
+"""What a person looks at after a run: the completions as text, and one picture."""
 
 import warnings
 from collections.abc import Sequence
@@ -14,12 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from em_kernels.one_shot.evaluation import Completion, Evaluation
+from em_kernels.one_shot.evaluation.evaluation import Completion
 from em_kernels.one_shot.metrics import DECIDED
 from em_kernels.one_shot.runs.files import whole_or_absent, write_text
-
-# With at least this share of decided tokens, a step has next to no entropy left to lower.
-_COLLAPSED = 0.9
 
 _COLUMNS, _ROWS = 74, 15
 _COLOURS = matplotlib.colormaps["YlOrRd"]
@@ -27,36 +24,9 @@ _COLOURS = matplotlib.colormaps["YlOrRd"]
 _DEEPEST = 2.0
 
 
-def step_line(metrics: dict[str, Any], steps: int) -> str:
-    return (
-        f"step {metrics['step']:>{len(str(steps))}}/{steps}  loss {metrics['loss']:.4f}  "
-        f"entropy {metrics['entropy']:.4f}  tokens {metrics['tokens']}  "
-        f"H<{DECIDED:g} {metrics['decided']:.1%}  generating {metrics['seconds_generating']:.1f} s  "
-        f"training {metrics['seconds_training']:.1f} s  peak memory {metrics['peak_memory_gb']:.2f} GB"
-    )
-
-
-def accuracy_line(when: str, evaluation: Evaluation) -> str:
-    assert evaluation.greedy is not None
-    return (
-        f"accuracy {when + ':':7} greedy {evaluation.greedy}, temperature 1 {evaluation.sampled} "
-        f"({evaluation.greedy.total} word problems, ± standard error)"
-    )
-
-
-def collapse_line(metrics: dict[str, Any]) -> str | None:
-    """A line about the collapse of the entropy if the metrics of the last step show one, otherwise None."""
-    if metrics["decided"] < _COLLAPSED:
-        return None
-    return (
-        f"The entropy has collapsed: {metrics['decided']:.1%} of the last step's tokens have H < {DECIDED:g}. The "
-        "model now writes almost the same text every time; fewer steps or a lower learning rate keep more of it."
-    )
-
-
-def write_completions(target: Path, before: Evaluation, after: Evaluation) -> None:
+def write_completions(target: Path, before: Sequence[Completion], after: Sequence[Completion]) -> None:
     parts = []
-    for old, new in zip(before.completions, after.completions, strict=True):
+    for old, new in zip(before, after, strict=True):
         parts.append(f"PROMPT\n{old.prompt}\n")
         for when, completion in (("BEFORE", old), ("AFTER", new)):
             parts.append(
@@ -68,15 +38,29 @@ def write_completions(target: Path, before: Evaluation, after: Evaluation) -> No
 
 
 def draw_report(
-    target: Path, metrics: Sequence[dict[str, Any]], before: Evaluation, after: Evaluation, *, temperature: float
+    target: Path,
+    metrics: Sequence[dict[str, Any]],
+    before: Sequence[Completion],
+    after: Sequence[Completion],
+    *,
+    temperature: float,
+    accuracies: tuple[str, str],
 ) -> None:
-    """Draws a PNG: on the left the loss by step, on the right completions before and after, coloured by entropy."""
+    """Draws a PNG: on the left the loss by step, on the right completions before and after, coloured by entropy.
+
+    Args:
+        target: the file.
+        metrics: the lines of metrics.jsonl.
+        before, after: completions of training prompts before and after training.
+        temperature: the temperature of the loss.
+        accuracies: what the titles say of the accuracy before and after; empty texts say nothing.
+    """
     figure = Figure(figsize=(13, 6), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes: dict[str, Axes] = figure.subplot_mosaic([["loss", "before"], ["decided", "after"]], width_ratios=(5, 8))
     _draw_metrics(axes["loss"], axes["decided"], metrics, temperature)
-    _draw_completions(axes["before"], before.completions, _title("Before", before))
-    _draw_completions(axes["after"], after.completions, _title("After", after))
+    _draw_completions(axes["before"], before, _title("Before", before, accuracies[0]))
+    _draw_completions(axes["after"], after, _title("After", after, accuracies[1]))
     scale = ScalarMappable(Normalize(0, _DEEPEST), _COLOURS)
     bar = figure.colorbar(scale, ax=[axes["before"], axes["after"]], extend="max", fraction=0.03, pad=0.02)
     bar.set_label("entropy of the token at temperature 1 (nats)")
@@ -104,12 +88,9 @@ def _draw_metrics(loss_axes: Axes, share_axes: Axes, metrics: Sequence[dict[str,
         axes.grid(alpha=0.25)
 
 
-def _title(when: str, evaluation: Evaluation) -> str:
-    entropies = [entropy for completion in evaluation.completions for entropy in completion.entropy]
-    title = f"{when}: mean entropy {_mean(entropies):.2f} nats"
-    if evaluation.greedy is not None:
-        title += f"; accuracy greedy {evaluation.greedy}, temperature 1 {evaluation.sampled}"
-    return title
+def _title(when: str, completions: Sequence[Completion], accuracy: str) -> str:
+    entropies = [entropy for completion in completions for entropy in completion.entropy]
+    return f"{when}: mean entropy {_mean(entropies):.2f} nats" + (f"; accuracy {accuracy}" if accuracy else "")
 
 
 def _draw_completions(axes: Axes, completions: Sequence[Completion], title: str) -> None:

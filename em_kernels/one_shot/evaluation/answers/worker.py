@@ -1,5 +1,7 @@
 """The process in which answers are read and compared: a question a line, and its end if one takes too long.
 
+A question has a text, to be graded, or two answers, to be compared.
+
 SymPy cannot be interrupted while it counts in C, and an exception from a signal handler may leave its caches broken.
 The limit is therefore an alarm that nothing in the process handles: the system ends it. The alarm counts the time that
 the process computes, so that a busy machine changes no verdict.
@@ -28,6 +30,7 @@ def serve(seconds: float, memory: int) -> None:
     with contextlib.redirect_stdout(sys.stderr):
         # The package by its own name: importing em_kernels would import torch.
         sys.path.append(str(Path(__file__).parents[1]))
+        from answers.comparison import compare  # type: ignore[import-not-found]
         from answers.grading import grade_answer  # type: ignore[import-not-found]
 
         resource.setrlimit(resource.RLIMIT_AS, (memory, resource.getrlimit(resource.RLIMIT_AS)[1]))
@@ -37,7 +40,8 @@ def serve(seconds: float, memory: int) -> None:
         for line in sys.stdin:
             signal.setitimer(signal.ITIMER_PROF, seconds)
             try:
-                reply = grade_answer(**json.loads(line))
+                question = json.loads(line)
+                reply = grade_answer(**question) if "text" in question else compare(**question)
             except Exception:  # Whatever the libraries raise says that they cannot read the answer.
                 reply = None
             signal.setitimer(signal.ITIMER_PROF, 0)

@@ -1,0 +1,182 @@
+"""What `evaluate` and `select` have in common: their options, and the completions that these ask for."""
+
+import argparse
+import dataclasses
+import functools
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from em_kernels.cli.chat import add_chat_options, chat_format
+from em_kernels.cli.shared import import_quietly, print_note
+from em_kernels.one_shot.config import DTYPES
+from em_kernels.one_shot.errors import UsageError
+
+if TYPE_CHECKING:
+    from em_kernels.one_shot.evaluation.engines import Engine
+    from em_kernels.one_shot.evaluation.measure import Plan
+    from em_kernels.one_shot.evaluation.models import NamedModel
+    from em_kernels.one_shot.evaluation.records import Record
+    from em_kernels.one_shot.evaluation.tasks import Task
+    from em_kernels.one_shot.policy.chat import ChatFormat
+
+
+def add_measuring_options(parser: Any, *, samples: int) -> None:
+    """Adds the options of drawing completions; `samples` is the default of --samples."""
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="folder for what is written (a new one in runs/)")
+    parser.add_argument("--resume", action="store_true", help="draw only the completions that the folder lacks")
+    parser.add_argument("--limit", type=positive, metavar="N", help="problems from the start of each set (all)")
+
+    draw = parser.add_argument_group("how completions are drawn")
+    draw.add_argument("--samples", type=positive, default=samples, metavar="K", help=f"per problem ({samples})")
+    draw.add_argument("--max-new-tokens", type=positive, default=512, metavar="N", help="longest completion (512)")
+    draw.add_argument("--top-p", type=float, default=1.0, metavar="X", help="share of the probability drawn from (1)")
+    draw.add_argument("--top-k", type=int, default=0, metavar="N", help="most likely tokens drawn from; 0: all (0)")
+    draw.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="1: none (1)")
+    draw.add_argument("--seed", type=int, default=0, metavar="N", help="of all draws, the same for every model (0)")
+    add_chat_options(parser)
+
+    where = parser.add_argument_group("where the model runs")
+    where.add_argument("--model", action="append", metavar="NAME", help="name or folder, or its name on the server")
+    where.add_argument("--dtype", choices=DTYPES, default="float32", help="what the model computes in (float32)")
+    where.add_argument("--trust-remote-code", action="store_true", help="let the model's repository run its own code")
+    where.add_argument(
+        "--endpoint",
+        metavar="URL",
+        help="server with OpenAI's chat completions, such as http://localhost:8000/v1; key: $OPENAI_API_KEY",
+    )
+    where.add_argument("--concurrency", type=positive, default=32, metavar="N", help="completions at once (32)")
+    where.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="for a server's answer (600)")
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is below 1")
+    return value
+
+
+def temperature(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no temperature; expected 0, for the most likely token, or above")
+    return value
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """Completions to be drawn, and the folder that they go into.
+
+    Attributes:
+        plan: which completions.
+        models: the models, each with a name of its own.
+        load: loads a model.
+        folder: the folder.
+        settings: what decides the completions, for config.json.
+        resume: whether the folder may hold completions that the settings have drawn before.
+    """
+
+    plan: "Plan"
+    models: "Sequence[NamedModel]"
+    load: "Callable[[NamedModel], Engine]"
+    folder: Path
+    settings: dict[str, Any]
+    resume: bool
+
+    @contextmanager
+    def drawn(self) -> "Iterator[list[Record]]":
+        """Draws and grades the completions, and yields their records; holds the folder until the block ends."""
+        from em_kernels.one_shot.evaluation.folder import COMPLETIONS, output_folder
+        from em_kernels.one_shot.evaluation.measure import measure
+        from em_kernels.one_shot.evaluation.records import read_records
+        from em_kernels.one_shot.runs.surroundings import surroundings
+
+        path = self.folder / COMPLETIONS
+        with output_folder(self.folder, self.settings, surroundings(), resume=self.resume):
+            for model in self.models:
+                measure(functools.partial(self.load, model), model.name, self.plan, path)
+            yield read_records(path)
+
+
+def plan_measurement(
+    command: str, tasks: "Sequence[Task]", temperatures: Sequence[float], models: Sequence[str], options: dict[str, Any]
+) -> Measurement:
+    """The completions that a command line asks for.
+
+    Args:
+        command: the name of the command, which names its folders.
+        tasks: the problem sets.
+        temperatures: the temperatures of sampling.
+        models: the models that are named besides those of --model.
+        options: the options of `add_measuring_options` by name.
+
+    Raises:
+        UsageError: an option is out of range, or a model has no checkpoint or, on a server, no name.
+    """
+    import_quietly()
+    from em_kernels.one_shot.evaluation.measure import Plan
+    from em_kernels.one_shot.evaluation.models import find_models
+    from em_kernels.one_shot.policy.sampling import Sampling
+    from em_kernels.one_shot.runs.folder import default_run_folder
+
+    named = [*models, *(options["model"] or ())]
+    if options["endpoint"] is not None and not named:
+        raise UsageError("--endpoint needs a model: the name that the server knows it by")
+    chat = chat_format(options["system"], options["chat_template"], options["stop"])
+    names = ("max_new_tokens", "top_p", "top_k", "repetition_penalty")
+    sampling = Sampling(temperature=None, **{name: options[name] for name in names})
+    plan = Plan(tasks, tuple(dict.fromkeys(temperatures)), options["samples"], sampling, options["seed"])
+    found = find_models(named)
+    settings = {
+        "models": {model.name: model.source for model in found},
+        "tasks": {task.name: _contents(task) for task in tasks},
+        "temperatures": plan.temperatures,
+        "samples": plan.samples,
+        **{name: options[name] for name in names},
+        "seed": plan.seed,
+        **dataclasses.asdict(chat),
+        "on a server": options["endpoint"] is not None,
+        "dtype": options["dtype"],
+    }
+    return Measurement(
+        plan,
+        found,
+        functools.partial(_load, plan=plan, chat=chat, options=options),
+        options["output"] or default_run_folder(command, resume=options["resume"]),
+        settings,
+        options["resume"],
+    )
+
+
+def _load(model: "NamedModel", *, plan: "Plan", chat: "ChatFormat", options: dict[str, Any]) -> "Engine":
+    if options["endpoint"] is not None:
+        from em_kernels.one_shot.evaluation.engines.server import Server
+
+        return Server(
+            endpoint=options["endpoint"],
+            model=model.source or model.name,
+            chat=chat,
+            concurrency=options["concurrency"],
+            timeout=options["timeout"],
+            key=os.environ.get("OPENAI_API_KEY"),
+            note=print_note,
+        ).complete
+    from em_kernels.one_shot.evaluation.engines.in_process import load_engine
+
+    return load_engine(
+        model.source,
+        chat=chat,
+        dtype=options["dtype"],
+        concurrency=options["concurrency"],
+        prompts=[problem.question for task in plan.tasks for problem in task.problems],
+        max_new_tokens=plan.sampling.max_new_tokens,
+        trust_remote_code=options["trust_remote_code"],
+    )
+
+
+def _contents(task: "Task") -> str:
+    digest = hashlib.sha256(repr(task.problems).encode("utf-8", "surrogatepass")).hexdigest()
+    return f"{len(task.problems)} problems, SHA-256 {digest[:16]}"

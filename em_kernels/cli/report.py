@@ -1,0 +1,37 @@
+"""em-kernels report: one page about several runs."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from em_kernels.cli.shared import import_quietly
+
+
+def add_parser(commands: Any) -> None:
+    report = commands.add_parser(
+        "report",
+        help="write one page about several runs",
+        description="Write report.md and its pictures: settings, curves with bands over seeds, lengths, accuracies "
+        "with errors, and the published figures. Runs that differ in nothing but the seed are a group.",
+    )
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder that train has written")
+    report.add_argument("--output", type=Path, default=Path("report"), metavar="FOLDER", help="where it goes (report)")
+    report.set_defaults(run=_report)
+
+
+def _report(runs: Sequence[Path], output: Path) -> None:
+    import_quietly()
+    from em_kernels.one_shot.analysis.groups import named_groups
+    from em_kernels.one_shot.analysis.report import write_page
+    from em_kernels.one_shot.analysis.report_pictures import draw_accuracy, draw_curves
+    from em_kernels.one_shot.analysis.runs import read_run
+    from em_kernels.one_shot.runs.files import write_text
+
+    groups = named_groups(read_run(path) for path in runs)
+    page = write_page(groups)
+    output.mkdir(parents=True, exist_ok=True)
+    draw_curves(output / "curves.png", groups)
+    if any(run.evaluations for group in groups for run in group.runs):
+        draw_accuracy(output / "accuracy.png", groups)
+    write_text(output / "report.md", page)
+    print(f"Report: {output / 'report.md'}")

@@ -1,0 +1,104 @@
+"""Groups of runs that differ in the seed alone: what to call them, and their metrics with the spread over seeds."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from em_kernels.one_shot.analysis.runs import Run, comparable, differing, group_runs
+from em_kernels.one_shot.policy.model import BUILT_IN
+
+# More settings than these would not fit a legend.
+_NAMED_SETTINGS = 2
+
+
+@dataclass(frozen=True)
+class Band:
+    """A metric by step over the runs of a group.
+
+    Attributes:
+        steps: the steps at which one of the runs has the metric.
+        mean: the mean over the runs that have it.
+        deviation: the standard deviation over them, NaN where there is one run.
+    """
+
+    steps: list[int]
+    mean: list[float]
+    deviation: list[float]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in the seed alone.
+
+    Attributes:
+        name: a letter, or "all" where there is one group.
+        what: the settings that tell the group from the others; empty where there is one group.
+        runs: the runs.
+    """
+
+    name: str
+    what: str
+    runs: Sequence[Run]
+
+    @property
+    def title(self) -> str:
+        return f"{self.name}: {self.what}" if self.what else self.name
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return comparable(self.runs[0])
+
+    def band(self, metric: str) -> Band:
+        return band_of([run.values(metric) for run in self.runs])
+
+
+def named_groups(runs: Iterable[Run]) -> list[Group]:
+    """The runs in groups, in the order of each group's first run."""
+    groups = group_runs(runs)
+    if len(groups) == 1:
+        return [Group("all", "", groups[0])]
+    names = differing(comparable(group[0]) for group in groups)
+    return [Group(_letter(i), _settings_text(group[0], names), group) for i, group in enumerate(groups)]
+
+
+def band_of(series: Iterable[dict[int, float]]) -> Band:
+    """The mean and the standard deviation by step of several series by step."""
+    by_step: dict[int, list[float]] = {}
+    for values in series:
+        for step, value in values.items():
+            by_step.setdefault(step, []).append(value)
+    steps = sorted(by_step)
+    spread = [stdev(by_step[step]) if len(by_step[step]) > 1 else math.nan for step in steps]
+    return Band(steps, [fmean(by_step[step]) for step in steps], spread)
+
+
+def setting_text(name: str, value: object) -> str:
+    """A setting's value for a table: how many prompts there are, a model by its name, floats without trailing zeros."""
+    if name == "prompts":
+        assert isinstance(value, list)
+        return f"{len(value)} prompts" if len(value) > 1 else "1 prompt"
+    if name == "model":
+        return BUILT_IN if value is None else Path(str(value)).name
+    if isinstance(value, float):
+        return f"{value:g}"
+    return "none" if value is None else str(value)
+
+
+def _settings_text(run: Run, names: Sequence[str]) -> str:
+    texts = []
+    for name in names[:_NAMED_SETTINGS]:
+        value = run.config.get(name)
+        texts.append(
+            setting_text(name, value) if name in ("prompts", "model") else f"{name} {setting_text(name, value)}"
+        )
+    more = len(names) - _NAMED_SETTINGS
+    return ", ".join(texts) + (f" and {more} more" if more > 0 else "")
+
+
+def _letter(number: int) -> str:
+    """A to Z, then A2 to Z2, and so on."""
+    round_, letter = divmod(number, 26)
+    return chr(ord("A") + letter) + (str(round_ + 1) if round_ else "")

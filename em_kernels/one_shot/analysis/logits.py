@@ -1,0 +1,81 @@
+"""The distribution of a model's raw logits at the positions of the tokens that it generates."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from em_kernels.one_shot.analysis.drawing import colour, new_axes, save_figure
+from em_kernels.one_shot.analysis.generated import score_own_completions
+from em_kernels.one_shot.analysis.moments import Moments
+from em_kernels.one_shot.analysis.published import PAPER
+from em_kernels.one_shot.analysis.tables import markdown_table
+from em_kernels.one_shot.policy import Policy
+from em_kernels.one_shot.policy.sampling import Sampling
+
+NOTE = (
+    "The logits are raw: of the whole vocabulary, before temperature and filters, at the positions of the tokens that "
+    f"each model generated itself. The skewness that {PAPER} gives in section 3.3 is of another quantity, the scores "
+    "that are left after top-k, and cannot be compared with these."
+)
+
+
+def measure_logits(
+    policy: Policy, prompts: Sequence[str], sampling: Sampling, *, seed: int, description: str
+) -> tuple[int, Moments]:
+    """The number of positions, and the moments of all logits at them.
+
+    Raises:
+        UsageError: a prompt cannot be put to the model.
+    """
+    positions, moments = 0, Moments()
+    for scored in score_own_completions(policy, prompts, sampling, seed=seed, description=description):
+        positions += len(scored.ids)
+        moments.add(scored.logits)
+    return positions, moments
+
+
+def logits_row(name: str, positions: int, moments: Moments) -> dict[str, Any]:
+    """The figures of a model, as a row for a file."""
+    return {
+        "model": name,
+        "positions": positions,
+        "values": moments.count,
+        "not_finite": moments.not_finite,
+        "mean": moments.mean,
+        "deviation": moments.deviation,
+        "skewness": moments.skewness,
+        "excess_kurtosis": moments.excess_kurtosis,
+    }
+
+
+def describe_logits(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The lines of a Markdown table, a row a model, and what the figures are."""
+    names = ("mean", "deviation", "skewness", "excess_kurtosis")
+    cells = [
+        [row["model"], f"{row['positions']:,}", *(f"{row[name]:.3f}" for name in names), f"{row['not_finite']:,}"]
+        for row in rows
+    ]
+    header = ["model", "positions", *(name.replace("_", " ") for name in names), "not finite, left out"]
+    return [*markdown_table(header, cells), "", NOTE]
+
+
+def draw_logits(target: Path, measured: Mapping[str, Moments]) -> None:
+    """Draws the histograms side by side, on the same axes; the density is logarithmic, for its tails to be seen."""
+    figure, panels = new_axes(1, len(measured), width=4.0, sharex=True, sharey=True)
+    for number, (axes, (name, moments)) in enumerate(zip(panels, measured.items(), strict=True)):
+        bars = sorted(moments.bars)
+        axes.bar(
+            [bar * moments.width for bar in bars],
+            [moments.bars[bar] / (moments.count * moments.width) for bar in bars],
+            width=moments.width,
+            align="edge",
+            color=colour(number),
+        )
+        axes.axvline(moments.mean, color="black", linewidth=1)
+        axes.set_yscale("log")
+        axes.set_title(name, loc="left", fontsize=10)
+        figures = f"mean {moments.mean:.2f}\ndeviation {moments.deviation:.2f}\nskewness {moments.skewness:.2f}"
+        axes.text(0.98, 0.96, figures, transform=axes.transAxes, ha="right", va="top", fontsize=9)
+        axes.set_xlabel("raw logit")
+    panels[0].set_ylabel("density")
+    save_figure(figure, target)

@@ -1,0 +1,85 @@
+"""The pictures of the report: a colour a group, lines of means and bands of one standard deviation over seeds."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from em_kernels.one_shot.analysis.accuracies import DECODINGS
+from em_kernels.one_shot.analysis.drawing import (
+    colour,
+    draw_absence,
+    draw_band,
+    draw_legend,
+    label_steps,
+    new_axes,
+    save_figure,
+)
+from em_kernels.one_shot.analysis.groups import Group, band_of
+from em_kernels.one_shot.analysis.published import AUTHOR_LOSSES, AUTHOR_LOSSES_SOURCE
+
+# What a panel shows: the name in metrics.jsonl, the title, the unit, and the factor to that unit.
+_PANELS = (
+    ("loss", "loss", "nats per token", 1),
+    ("entropy", "entropy at temperature 1", "nats per token", 1),
+    ("decided", "decided tokens", "%", 100),
+    ("prompt_tokens", "prompt length", "tokens", 1),
+    ("length_mean", "response length", "tokens", 1),
+    ("truncated", "truncated responses", "%", 100),
+)
+_PUBLISHED_MODEL = "Qwen2.5-Math-7B"
+
+
+def draw_curves(target: Path, groups: Sequence[Group]) -> None:
+    """Draws loss, entropy and lengths by step; the author's losses too, where a group trained the same model."""
+    figure, panels = new_axes(2, 3, width=4.0)
+    for axes, (metric, title, unit, factor) in zip(panels, _PANELS, strict=True):
+        for number, group in enumerate(groups):
+            band = group.band(metric)
+            if not band.steps:
+                continue
+            mean, spread = ([factor * value for value in values] for values in (band.mean, band.deviation))
+            draw_band(axes, band.steps, mean, spread, color=colour(number), label=_label(group))
+        if metric == "loss" and any(_PUBLISHED_MODEL in str(group.config.get("model")) for group in groups):
+            steps = range(1, len(AUTHOR_LOSSES) + 1)
+            axes.plot(steps, AUTHOR_LOSSES, "--", color="gray", label=f"published: {AUTHOR_LOSSES_SOURCE}")
+        if not axes.lines:
+            draw_absence(axes)
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.set_ylabel(unit)
+        axes.set_ylim(bottom=0)
+        label_steps(axes)
+    draw_legend(figure, panels[0])
+    save_figure(figure, target)
+
+
+def draw_accuracy(target: Path, groups: Sequence[Group]) -> None:
+    """Draws the accuracy by step, with the deviation over seeds, or over problems where a group has one run."""
+    figure, panels = new_axes(1, len(DECODINGS), sharey=True)
+    for axes, decoding in zip(panels, DECODINGS, strict=True):
+        for number, group in enumerate(groups):
+            measured = [accuracies for run in group.runs if (accuracies := run.accuracies(decoding))]
+            if not measured:
+                continue
+            band = band_of([{step: row["accuracy"] for step, row in rows.items()} for rows in measured])
+            one = len(measured) == 1
+            spread = [measured[0][step]["standard_error"] for step in band.steps] if one else band.deviation
+            axes.errorbar(
+                # Bars at the same step would hide each other.
+                [step + 0.08 * number for step in band.steps],
+                [100 * value for value in band.mean],
+                [100 * value for value in spread],
+                color=colour(number),
+                marker="o",
+                markersize=3.5,
+                capsize=2,
+                label=f"{group.title}, {'standard error over problems' if one else 'deviation over seeds'}",
+            )
+        axes.set_title(f"accuracy, {decoding}", loc="left", fontsize=10)
+        axes.set_ylim(bottom=0)
+        label_steps(axes)
+    panels[0].set_ylabel("%")
+    draw_legend(figure, panels[0])
+    save_figure(figure, target)
+
+
+def _label(group: Group) -> str:
+    return f"{group.title}, {len(group.runs)} {'run' if len(group.runs) == 1 else 'seeds'}"

@@ -1,0 +1,96 @@
+"""What graded completions say of a model on a task at a temperature."""
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+
+from em_kernels.one_shot.evaluation.grading import Verdict
+from em_kernels.one_shot.evaluation.majority import Vote, majority
+from em_kernels.one_shot.evaluation.records import Record
+from em_kernels.one_shot.evaluation.statistics import Estimate, mean_over_problems, pass_at_k
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The scores of a model on a task at a temperature; all shares are of 1.
+
+    Attributes:
+        task: the name of the task.
+        model: the name of the model.
+        temperature: the temperature of sampling; 0 took the most likely token.
+        by_problem: for each problem, 1 for each right completion and 0 for each other.
+        accuracy: the share of right completions, with its standard error clustered by problem.
+        pass_at: for each k, the chance that one of k completions is right, where there are as many.
+        voted: the share of problems whose most frequent answer is right; None where a problem has one completion.
+        length: the mean length of a completion, in tokens.
+        truncated: the share of completions that were cut off at the longest length.
+        unreadable: the number of completions without an answer that could be read.
+        unfinished: the number of completions that were cut off before they concluded.
+    """
+
+    task: str
+    model: str
+    temperature: float
+    by_problem: dict[Hashable, list[float]]
+    accuracy: Estimate
+    pass_at: dict[int, Estimate]
+    voted: Estimate | None
+    length: float
+    truncated: float
+    unreadable: int
+    unfinished: int
+
+
+def score(records: Sequence[Record], *, ks: Sequence[int], same: Callable[[str, str], bool]) -> list[Scores]:
+    """The scores of each task, model and temperature, in the order in which the records name them first.
+
+    Args:
+        records: graded completions.
+        ks: the k of pass@k.
+        same: whether two answers that are not spelled alike are the same.
+    """
+    cells: dict[tuple[str, str, float], list[Record]] = {}
+    for record in records:
+        cells.setdefault((record.task, record.model, record.temperature), []).append(record)
+    return [_score(*cell, found, ks, same) for cell, found in cells.items()]
+
+
+def _score(
+    task: str,
+    model: str,
+    temperature: float,
+    records: Sequence[Record],
+    ks: Sequence[int],
+    same: Callable[[str, str], bool],
+) -> Scores:
+    by_problem: dict[Hashable, list[Record]] = {}
+    # Completions come in the order in which they end; votes that are as many are decided by the sample's number.
+    for record in sorted(records, key=lambda record: (record.problem, record.sample)):
+        by_problem.setdefault(record.problem, []).append(record)
+    right = {
+        problem: [float(record.verdict == Verdict.RIGHT.value) for record in own] for problem, own in by_problem.items()
+    }
+    fewest = min(map(len, right.values()))
+    verdicts = [record.verdict for record in records]
+    return Scores(
+        task=task,
+        model=model,
+        temperature=temperature,
+        by_problem=right,
+        accuracy=mean_over_problems(right),
+        pass_at={
+            k: mean_over_problems({p: [pass_at_k(len(own), int(sum(own)), k)] for p, own in right.items()})
+            for k in ks
+            if k <= fewest
+        },
+        voted=mean_over_problems({p: [_voted(own, same)] for p, own in by_problem.items()}) if fewest > 1 else None,
+        length=math.fsum(record.tokens for record in records) / len(records),
+        truncated=sum(record.truncated for record in records) / len(records),
+        unreadable=verdicts.count(Verdict.UNREADABLE.value),
+        unfinished=verdicts.count(Verdict.UNFINISHED.value),
+    )
+
+
+def _voted(records: Sequence[Record], same: Callable[[str, str], bool]) -> float:
+    most = majority([Vote(record.answer, record.verdict) for record in records], same)
+    return float(bool(most) and records[most[0]].verdict == Verdict.RIGHT.value)

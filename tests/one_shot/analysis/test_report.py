@@ -1,0 +1,113 @@
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib import image
+from run_folders import metrics_row, write_run
+
+from em_kernels.cli import main
+from em_kernels.one_shot.analysis.groups import band_of, named_groups
+from em_kernels.one_shot.analysis.report import BUILT_IN_NOTE, write_page
+from em_kernels.one_shot.analysis.runs import read_run
+
+_WORSE, _BETTER = [True] * 2 + [False] * 10, [True] * 8 + [False] * 4
+
+
+def _page(*folders: Path) -> str:
+    return write_page(named_groups(read_run(folder) for folder in folders))
+
+
+def _cells(page: str, start: str) -> list[list[str]]:
+    """The cells of the rows that begin with a text."""
+    lines = [line for line in page.splitlines() if line.startswith(f"| {start}")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_a_band_is_the_mean_and_the_deviation_over_the_runs_that_got_there() -> None:
+    band = band_of([{1: 1.0, 2: 4.0}, {1: 3.0}])
+    assert band.steps == [1, 2]
+    assert band.mean == [2.0, 4.0]
+    assert band.deviation[0] == pytest.approx(math.sqrt(2))
+    assert math.isnan(band.deviation[1])
+
+
+def test_groups_are_named_by_what_differs(tmp_path: Path) -> None:
+    one = [write_run(tmp_path / f"one{seed}", seed=seed, prompts=("a",)) for seed in range(2)]
+    many = write_run(tmp_path / "many", prompts=("a", "b"), temperature=0.7, learning_rate=1e-4)
+    first, second = named_groups(read_run(folder) for folder in (*one, many))
+    assert (first.title, len(first.runs)) == ("A: 1 prompt, learning_rate 2e-05 and 1 more", 2)
+    assert second.title == "B: 2 prompts, learning_rate 0.0001 and 1 more"
+    assert [group.title for group in named_groups(read_run(folder) for folder in one)] == ["all"]
+
+
+def test_accuracies_stand_before_after_and_at_their_best_with_paired_differences(tmp_path: Path) -> None:
+    page = _page(write_run(tmp_path / "run", verdicts={0: _WORSE, 2: _BETTER, 4: _WORSE}))
+    greedy, sampled, *_ = _cells(page, "all   | run")[1:]
+    assert greedy == [
+        "all",
+        "run",
+        "greedy",
+        "12",
+        "16.7% ± 11.2%",
+        "16.7% ± 11.2% (after step 4)",
+        "66.7% ± 14.2% (after step 2)",
+        "+0.0 ± 0.0 points, no difference seen",
+        "+50.0 ± 15.1 points",
+    ]
+    assert sampled[2] == "sampled"
+    assert "chosen on the problems that it is shown on" in page
+
+
+def test_seeds_have_a_mean_and_groups_a_difference_on_the_same_problems(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / f"one{i}", seed=i, verdicts={0: _WORSE, 4: _BETTER}) for i in range(2)]
+    folders.append(write_run(tmp_path / "other", temperature=0.9, verdicts={0: _WORSE, 4: _WORSE}))
+    page = _page(*folders)
+    (mean,) = [row for row in _cells(page, "A ") if row[1] == "mean of 2 seeds" and row[2] == "greedy"]
+    assert mean[4:8] == ["16.7% ± 0.0%", "66.7% ± 0.0%", "66.7% ± 0.0%", "+50.0 ± 0.0 points"]
+    assert "- Last step, greedy, B less A, problem by problem over all seeds: -50.0 ± 15.1 points." in page
+    assert _cells(page, "temperature ")[0] == ["temperature", "0.5", "0.9"]
+
+
+def test_unlike_versions_unfinished_and_unmeasured_runs_are_said(tmp_path: Path) -> None:
+    whole = write_run(tmp_path / "whole", verdicts={0: _WORSE, 4: _BETTER})
+    cut = write_run(tmp_path / "cut", finished=False, rows=[metrics_row(1)], versions={"torch": "2.13"})
+    empty = write_run(tmp_path / "empty", finished=False, rows=[], seed=7)
+    page = _page(whole, cut, empty)
+    assert "Versions that are not the same in all runs" in page
+    assert _cells(page, "torch")[0] == ["torch", "2.9", "2.13", "2.9"]
+    assert "1 of 4 steps, unfinished" in page
+    assert "- Not measured in: cut, empty." in page
+    assert "No run has finished a step" in _page(empty)
+    assert "No run has measured its accuracy" in _page(empty)
+
+
+def test_the_built_in_model_is_said_to_show_the_mechanism_and_not_the_gain(tmp_path: Path) -> None:
+    assert BUILT_IN_NOTE in _page(write_run(tmp_path / "built-in"))
+    assert BUILT_IN_NOTE not in _page(write_run(tmp_path / "other", model="some/model"))
+
+
+def test_published_figures_are_marked_and_stand_beside_one_s_own(tmp_path: Path) -> None:
+    page = _page(write_run(tmp_path / "run"))
+    before, section = page.split("## Published figures")
+    assert "arXiv" not in before
+    assert _cells(section, "published")[0][0] == "published"
+    assert _cells(section, "   1 |")[0] == ["1", "0.0267", "0.4000"]
+    assert "31.3" in section
+    assert "27.7" in section
+
+
+def test_the_command_writes_the_page_and_its_pictures(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / f"{i}", seed=i, model="Qwen2.5-Math-7B", verdicts={0: _WORSE}) for i in range(2)]
+    output = tmp_path / "report"
+    assert main(["report", *map(str, runs), "--output", str(output)]) == 0
+    page = (output / "report.md").read_text()
+    assert sorted(path.name for path in output.iterdir()) == ["accuracy.png", "curves.png", "report.md"]
+    for name in ("curves.png", "accuracy.png"):
+        assert f"({name})" in page
+        assert np.ptp(image.imread(output / name)[..., :3]) > 0.5
+
+
+def test_runs_that_were_not_evaluated_have_no_picture_of_it(tmp_path: Path) -> None:
+    assert main(["report", str(write_run(tmp_path / "run")), "--output", str(tmp_path / "report")]) == 0
+    assert sorted(path.name for path in (tmp_path / "report").iterdir()) == ["curves.png", "report.md"]
