@@ -11,7 +11,7 @@ from em_kernels.cli.shared import Parser
 from em_kernels.one_shot.errors import UsageError
 from em_kernels.one_shot.interruption import Interrupted, Interruption
 
-_COMMANDS = (select, train, evaluate, sweep, analyze, report, bench, info)
+_COMMANDS = (select, train, evaluate, analyze, sweep, report, bench, info)
 # These keep what they have done and take --resume.
 _RESUMABLE = ("select", "train", "evaluate", "sweep")
 
@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status.
 
     The status is 2 for an error that the user can do something about, printed as one line, and 1 if runs of a sweep
-    failed. After Ctrl-C it is 130, and after SIGTERM, by which batch systems end a job before they requeue it, 143.
+    have failed. After Ctrl-C it is 130, and after SIGTERM, by which batch systems end a job before they requeue it, 143.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if arguments[:1] == ["bench"]:  # The benchmarks parse their options and print their help themselves.
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
     try:
         with Interruption():
-            status = run(**options)
+            return run(**options) or 0
     except (UsageError, OSError) as error:
         print(f"em-kernels {command}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -44,7 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         resume = f"; go on with: em-kernels {shlex.join(again)}" if command in _RESUMABLE else ""
         print(f"\nem-kernels {command}: interrupted{resume}", file=sys.stderr)
         return 128 + (interrupt.signum if isinstance(interrupt, Interrupted) else signal.SIGINT)
-    return status or 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,7 +1,7 @@
 """em-kernels sweep: a run of train for each combination of a grid of settings."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,8 +62,6 @@ def _sweep(
     train_options: Sequence[str],
 ) -> int:
     from em_kernels.one_shot.sweeps.grid import read_grid
-    from em_kernels.one_shot.sweeps.launch import launch
-    from em_kernels.one_shot.sweeps.sweep import sweep
 
     if jobs < 1:
         raise UsageError(f"--jobs is {jobs}, expected at least 1")
@@ -73,23 +71,29 @@ def _sweep(
         # A setting has the name of its option, but for the prompts, which two options bring.
         if shared.keys() & ({"prompt", "prompt_file"} if name == "prompts" else {name}):
             raise UsageError(f"{name} is in the grid and among the options of train, expected one of the two")
-    config = train.read_config(**shared)
-    import_quietly()
+    # Files of prompts are read once, not for each combination.
+    shared["prompts"] = train.read_config(**shared).prompts
+    shared = {name: value for name, value in shared.items() if name not in ("prompt", "prompt_file")}
+
+    def config_of(settings: Mapping[str, Any]) -> TrainConfig:
+        return train.read_config(**{**shared, **settings})
+
+    from em_kernels.one_shot.sweeps.launch import launch
+    from em_kernels.one_shot.sweeps.ray_launch import connect, launch_on_ray
+    from em_kernels.one_shot.sweeps.sweep import sweep
+
     launcher: Any = partial(launch, jobs=jobs)
     if ray is not None:
-        from em_kernels.one_shot.sweeps.ray_launch import launch_on_ray
-
-        launcher = partial(launch_on_ray, address=ray, cpus=cpus_per_run, gpus=gpus_per_run)
-    failed = sweep(config, axes, output, resume=resume, launcher=partial(launcher, options=train_options))
+        launcher = partial(launch_on_ray, ray=connect(ray), cpus=cpus_per_run, gpus=gpus_per_run)
+    failed = sweep(config_of, axes, output, resume=resume, launcher=partial(launcher, options=train_options))
     return 1 if failed else 0
 
 
 def _read_options(train_options: Sequence[str]) -> dict[str, Any]:
-    """Parses the options of train as train would, with errors in the name of the sweep."""
+    """Those of the options of train that decide a run's settings, with errors in the name of the sweep."""
     commands = Parser(prog="em-kernels").add_subparsers()
     train.add_parser(commands)
     parser = commands.choices["train"]
     parser.prog = "em-kernels sweep"
-    options = vars(parser.parse_args(train_options))
-    del options["run"]
-    return options
+    names = {"preset", "prompt", "prompt_file", *(field.name for field in dataclasses.fields(TrainConfig))}
+    return {name: value for name, value in vars(parser.parse_args(train_options)).items() if name in names}

@@ -123,38 +123,44 @@ def _add_kept(kept: Any) -> None:
 
 
 def read_config(
-    preset: str, prompt: Sequence[str] = (), prompt_file: Sequence[Path] = (), **others: Any
+    preset: str,
+    prompt: Sequence[str] = (),
+    prompt_file: Sequence[Path] = (),
+    system: str | None = None,
+    chat_template: str | None = None,
+    stop: Sequence[str] | None = None,
+    **settings: Any,
 ) -> TrainConfig:
-    """The settings of a run, from the options that decide them; options that decide none are passed over."""
+    """The settings of a run, from the options that decide them."""
     from em_kernels.one_shot.data.prompts import read_prompts
 
-    settings = {field.name: others[field.name] for field in dataclasses.fields(TrainConfig) if field.name in others}
     prompts = [*prompt, *(text for path in prompt_file for text in read_prompts(path, note=print_note))]
     if prompts:
         settings["prompts"] = tuple(prompts)
     if "stop_when" in settings:
         settings["stop_when"] = tuple(settings["stop_when"])
-    of_chat = {name: settings.pop(name, None) for name in ("system", "chat_template", "stop")}
     config = dataclasses.replace(PRESETS[preset], **settings)
-    if not any(of_chat.values()):
-        return config
     import_quietly()
-    chat = chat_format(**of_chat)
+    chat = chat_format(system, chat_template, stop)
     return dataclasses.replace(config, system=chat.system, chat_template=chat.template, stop=chat.stop)
 
 
-def _train(**options: Any) -> None:
-    config = read_config(**options)
-    import_quietly()
+def _train(
+    preset: str,
+    output: Path | None = None,
+    resume: bool = False,
+    quiet: bool = False,
+    state_every: int | None = None,
+    **settings: Any,
+) -> None:
+    config = read_config(preset, **settings)
     from em_kernels.one_shot.progress import be_quiet
     from em_kernels.one_shot.runs.folder import default_run_folder
     from em_kernels.one_shot.training import train
 
-    if options.get("quiet"):
+    if quiet:
         be_quiet()
-    preset, resume = options["preset"], options.get("resume", False)
     if preset == "authors":
         for note in AUTHORS_NOTES:
             print_note(note)
-    output = options.get("output") or default_run_folder(preset, resume=resume)
-    train(config, output, resume=resume, state_every=options.get("state_every"))
+    train(config, output or default_run_folder(preset, resume=resume), resume=resume, state_every=state_every)

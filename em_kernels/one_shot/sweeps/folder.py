@@ -10,8 +10,7 @@ curves.png         the loss by step, and the accuracy
 
 import dataclasses
 import json
-import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +19,12 @@ from typing import Any
 from em_kernels.one_shot.config import TrainConfig
 from em_kernels.one_shot.errors import UsageError
 from em_kernels.one_shot.runs.files import write_text
+from em_kernels.one_shot.runs.folder import RunFolder
+from em_kernels.one_shot.runs.lock import is_lock
 from em_kernels.one_shot.sweeps.grid import Grid, combinations, run_name
+
+
+ConfigOf = Callable[[Mapping[str, Any]], TrainConfig]
 
 
 @dataclass(frozen=True)
@@ -30,23 +34,24 @@ class Run:
     Attributes:
         number: its place in the sweep, from 1.
         settings: its combination of the grid.
+        config: all of its settings.
         folder: its run folder.
         log: the file that keeps what it prints.
     """
 
     number: int
     settings: Mapping[str, Any]
-    folder: Path
+    config: TrainConfig
+    folder: RunFolder
     log: Path
 
     @property
     def name(self) -> str:
-        return self.folder.name
+        return self.folder.path.name
 
     @property
     def finished(self) -> bool:
-        # The checkpoint is the last that `train` writes.
-        return (self.folder / "checkpoint").exists()
+        return self.folder.is_finished(self.config)
 
 
 class SweepFolder:
@@ -56,48 +61,59 @@ class SweepFolder:
         # The processes of a cluster may have another working directory.
         self.path = path.absolute()
         self.description = self.path / "sweep.json"
+        self.runs = self.path / "runs"
+        self.logs = self.path / "logs"
         self.rows = self.path / "table.jsonl"
         self.table = self.path / "table.md"
         self.picture = self.path / "curves.png"
 
-    def open(self, config: TrainConfig, grid: Grid, *, resume: bool) -> list[Run]:
-        """Makes the folder ready for the sweep to start or go on, and returns all of its runs.
+    def check(self, config_of: ConfigOf, grid: Grid, *, resume: bool) -> Grid:
+        """Checks that a sweep can start in the folder or go on, and returns the grid with the values it had before.
 
-        On resumption the grid may bring new values, which are added to those of before.
+        Args:
+            config_of: the settings of a run, from its combination of the grid; and what all runs share, from none.
+            grid: the grid.
+            resume: whether the folder's sweep is to go on.
 
         Raises:
-            UsageError: `train` refuses a combination; or the folder is not empty, and either `resume` is false, or the
+            UsageError: a combination is refused; or the folder is not empty, and either `resume` is false, or the
                 folder holds no sweep, or its sweep has other settings.
         """
-        shared = json.loads(json.dumps(dataclasses.asdict(config)))
-        shared = {name: value for name, value in shared.items() if name not in grid}
-        if self.path.exists() and any(self.path.iterdir()):
-            if not resume:
-                raise UsageError(f"sweep folder {self.path} is not empty; --resume continues the sweep in it")
-            grid = self._grown(shared, grid)
-        settings = list(combinations(grid))
-        for combination in settings:
-            dataclasses.replace(config, **combination)
-        for folder in ("runs", "logs"):
-            (self.path / folder).mkdir(parents=True, exist_ok=True)
-        versions = {"em_kernels": version("em-kernels"), "python": sys.version.split()[0]}
-        text = json.dumps({"grid": grid, "settings": shared, "versions": versions}, indent=2, ensure_ascii=False)
-        write_text(self.description, f"{text}\n")
-        return [self._run(number, combination) for number, combination in enumerate(settings, 1)]
+        if self.path.exists() and not all(is_lock(path) for path in self.path.iterdir()):
+            if not self.description.exists():
+                raise UsageError(f"folder {self.path} is not empty, but holds no sweep (no sweep.json)")
+            # A sweep whose runs all failed to begin, for a mistyped model perhaps, is no reason to keep its settings.
+            if self.runs.exists() and any(self.runs.iterdir()):
+                if not resume:
+                    raise UsageError(f"sweep folder {self.path} is not empty; --resume continues the sweep in it")
+                grid = self._grown(_shared(config_of, grid), grid)
+        for settings in combinations(grid):
+            config_of(settings)
+        return grid
 
-    def _run(self, number: int, settings: Mapping[str, Any]) -> Run:
-        name = run_name(settings)
-        return Run(number, settings, self.path / "runs" / name, self.path / "logs" / f"{name}.log")
+    def begin(self, config_of: ConfigOf, grid: Grid) -> list[Run]:
+        """Makes the folder, which `check` has let pass, ready for the sweep, and returns all of its runs."""
+        for folder in (self.runs, self.logs):
+            folder.mkdir(parents=True, exist_ok=True)
+        versions = {name: version(name) for name in ("em-kernels", "torch", "transformers")}
+        values = {"grid": grid, "settings": _shared(config_of, grid), "versions": versions}
+        write_text(self.description, f"{json.dumps(values, indent=2, ensure_ascii=False)}\n")
+        return [
+            Run(
+                number,
+                settings,
+                config_of(settings),
+                RunFolder(self.runs / run_name(settings)),
+                self.logs / f"{run_name(settings)}.log",
+            )
+            for number, settings in enumerate(combinations(grid), 1)
+        ]
 
     def _grown(self, shared: Mapping[str, Any], grid: Grid) -> Grid:
         """The grid of the sweep in the folder, with the values that are new in `grid`."""
         try:
             written = json.loads(self.description.read_text(encoding="utf-8"))
             old, old_shared = dict(written["grid"]), dict(written["settings"])
-        except FileNotFoundError:
-            raise UsageError(
-                f"sweep folder {self.path} is not empty, but holds no sweep to resume (no sweep.json)"
-            ) from None
         except (KeyError, TypeError, ValueError):
             raise UsageError(f"{self.description} is not of a sweep of this version") from None
         if old.keys() != grid.keys():
@@ -114,3 +130,9 @@ class SweepFolder:
             raise UsageError(f"the sweep in {self.path} has other settings: {'; '.join(differences)}")
         kept = {name: [tuple(v) if isinstance(v, list) else v for v in values] for name, values in old.items()}
         return {name: list(dict.fromkeys([*values, *grid[name]])) for name, values in kept.items()}
+
+
+def _shared(config_of: ConfigOf, grid: Grid) -> dict[str, Any]:
+    """The settings that the grid does not change, as JSON has them."""
+    settings = json.loads(json.dumps(dataclasses.asdict(config_of({}))))
+    return {name: value for name, value in settings.items() if name not in grid}

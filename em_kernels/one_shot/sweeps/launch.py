@@ -55,12 +55,15 @@ def launch(
             for process in [process for process in running if process.poll() is not None]:
                 run, since = running.pop(process)
                 yield Outcome(run, process.returncode, time.monotonic() - since)
+    except KeyboardInterrupt:
+        print(f"ending {len(running)} runs, each after its step", file=sys.stderr)
+        raise
     finally:
         end(list(running))
 
 
 def train_arguments(run: Run, options: Sequence[str]) -> list[str]:
-    return ["train", *options, *train_options(run.settings), "--output", str(run.folder), "--resume"]
+    return ["train", *options, *train_options(run.settings), "--output", str(run.folder.path), "--resume"]
 
 
 def start_train(
@@ -83,16 +86,11 @@ def start_train(
 
 
 def end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Tells the processes to end after their step, and waits for them; a second Ctrl-C kills them."""
+    """Tells the processes to end after their step, and waits until they have."""
     for process in processes:
         process.send_signal(signal.SIGTERM)
-    try:
-        for process in processes:
-            process.wait()
-    except KeyboardInterrupt:
-        for process in processes:
-            process.kill()
-        raise
+    for process in processes:
+        process.wait()
 
 
 def _die_with_parent() -> None:

@@ -6,8 +6,11 @@ goes on after the last step that its folder, on a shared file system, has the st
 
 import os
 import signal
+import socket
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from em_kernels.one_shot.errors import UsageError
@@ -16,17 +19,55 @@ from em_kernels.one_shot.sweeps.launch import Outcome, end, start_train, train_a
 
 # How often the running tasks are looked at, in seconds.
 _PAUSE = 0.5
+_SECONDS_TO_ANSWER = 10
 # How often a run is repeated whose worker has died.
 _RETRIES = 3
 # Runs leave their results in files, so that Ray's memory for objects, in bytes, may be about as small as Ray allows.
 _OBJECT_STORE = 100_000_000
 
 
+def connect(address: str) -> Any:
+    """Joins a Ray cluster and returns the module `ray`.
+
+    Args:
+        address: HOST:PORT, ray://HOST:PORT, "auto" for the cluster that this machine is part of, or "local" for a new
+            one on this machine.
+
+    Raises:
+        UsageError: Ray is not installed, or no cluster answers at the address.
+    """
+    # Ray sends notes on its use to its makers unless it is told not to.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+    except ImportError:
+        raise UsageError("ray is not installed; --ray needs pip install 'em_kernels[ray]'") from None
+    options: dict[str, Any] = {} if "://" in address else {"log_to_driver": False, "logging_level": "error"}
+    if address == "local":
+        options |= {"include_dashboard": False, "object_store_memory": _OBJECT_STORE}
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        # Ray itself gives up after minutes.
+        host, _, port = address.rpartition("//")[2].rpartition(":")
+        if port.isdigit():
+            socket.create_connection((host, int(port)), timeout=_SECONDS_TO_ANSWER).close()
+        ray.init(address, **options)
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UsageError(
+            f"--ray is {address!r}, where no Ray cluster can be joined ({reason}); expected local, auto, HOST:PORT or "
+            "ray://HOST:PORT"
+        ) from None
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    return ray
+
+
 def launch_on_ray(
     runs: Sequence[Run],
     *,
     options: Sequence[str],
-    address: str,
+    ray: Any,
     cpus: float,
     gpus: float | None,
     started: Callable[[Run], None],
@@ -38,19 +79,15 @@ def launch_on_ray(
     Args:
         runs: the runs; one that was started before goes on.
         options: the options of `train` that all runs share.
-        address: the cluster's address, "auto" for the one of this machine, or "local" for a new one on this machine.
+        ray: what `connect` has returned.
         cpus: the CPUs of a run.
         gpus: the GPUs of a run; None is one if the cluster has GPUs, and otherwise none.
         started: called with each run when it starts.
-
-    Raises:
-        UsageError: Ray is not installed, or no cluster answers at the address.
     """
-    ray = _connect(address)
     if gpus is None:
         gpus = 1 if ray.cluster_resources().get("GPU") else 0
     task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=_RETRIES)(_train)
-    tasks = {task.remote(run, options, os.getcwd()): run for run in runs}
+    tasks = {task.remote(train_arguments(run, options), run.log, os.getcwd()): run for run in runs}
     begun: dict[str, float] = {}
     try:
         while tasks:
@@ -65,37 +102,16 @@ def launch_on_ray(
                 run = tasks.pop(reference)
                 status = _status(ray, reference, run)
                 yield Outcome(run, status, time.monotonic() - begun.get(run.name, time.monotonic()))
+    except KeyboardInterrupt:
+        print("ending the runs, each after its step", file=sys.stderr)
+        raise
     finally:
         _cancel(ray, list(tasks))
 
 
-def _connect(address: str) -> Any:
-    # Ray sends notes on its use to its makers unless it is told not to.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        import ray
-    except ImportError:
-        raise UsageError("ray is not installed; --ray needs pip install 'em_kernels[ray]'") from None
-    options: dict[str, Any] = {} if "://" in address else {"log_to_driver": False, "logging_level": "error"}
-    if address == "local":
-        options |= {"include_dashboard": False, "object_store_memory": _OBJECT_STORE}
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        ray.init(address, **options)
-    except (ImportError, OSError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UsageError(
-            f"--ray is {address!r}, where no Ray cluster can be joined ({reason}); expected local, auto, HOST:PORT or "
-            "ray://HOST:PORT"
-        ) from None
-    finally:
-        signal.signal(signal.SIGTERM, handler)
-    return ray
-
-
-def _train(run: Run, options: Sequence[str], directory: str) -> int:
+def _train(arguments: Sequence[str], log: Path, directory: str) -> int:
     """The task: what `train` returned. Ray has set the threads and the GPUs of the worker's environment."""
-    process = start_train(train_arguments(run, options), run.log, os.environ, directory)
+    process = start_train(arguments, log, os.environ, directory)
     try:
         # Ray cancels a task by an exception, which has to wait for the end of a call into C.
         while process.poll() is None:
@@ -115,7 +131,7 @@ def _status(ray: Any, reference: Any, run: Run) -> int:
 
 
 def _cancel(ray: Any, references: list[Any]) -> None:
-    """Has what still runs end after its step, and leaves the cluster; a second Ctrl-C leaves it at once."""
+    """Has what still runs end after its step, and leaves the cluster."""
     try:
         for reference in references:
             ray.cancel(reference)

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from em_kernels.one_shot.errors import UsageError
@@ -75,14 +74,20 @@ class Group:
 
 
 def read_result(run: Run, *, failed: bool) -> Result:
-    """Reads what the run left in its folder, which need not exist."""
-    state = "finished" if run.finished else "failed" if failed else "unfinished"
-    evaluations = _lines(run.folder / "evaluations.jsonl")
+    """Reads what the run left in its folder, which need not exist.
+
+    Raises:
+        UsageError: a file of the folder is damaged.
+    """
+    try:
+        metrics, evaluations = run.folder.read_metrics(), run.folder.read_evaluations()
+        state = "finished" if run.finished else "failed" if failed else "unfinished"
+    except ValueError as error:
+        raise UsageError(f"run folder {run.folder.path} has a damaged file ({error})") from None
     accuracies: dict[str, dict[int, float]] = {}
     for line in evaluations:
         accuracies.setdefault(line["decoding"], {})[line["step"]] = line["accuracy"]
-    problems = max((line["problems"] for line in evaluations), default=0)
-    return Result(run, state, _lines(run.folder / "metrics.jsonl"), accuracies, problems)
+    return Result(run, state, metrics, accuracies, max((line["problems"] for line in evaluations), default=0))
 
 
 def group_by_settings(results: Collection[Result]) -> list[Group]:
@@ -102,12 +107,3 @@ def group_by_settings(results: Collection[Result]) -> list[Group]:
 
 def _without_seed(result: Result) -> dict[str, Any]:
     return {name: value for name, value in result.run.settings.items() if name != "seed"}
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except FileNotFoundError:
-        return []
-    except ValueError as error:
-        raise UsageError(f"{path} has a line that is no JSON object ({error}), expected what train writes") from None

@@ -83,6 +83,13 @@ _OTHER: dict[str, object] = {
     "optimizer": "adamw8bit",
     "loss": "logits",
     "report_to": "tensorboard",
+    "system": "Think.",
+    "chat_template": "plain",
+    "stop": ("\n\n",),
+    "stop_when": ("loss<0.1",),
+    "average": "sequences",
+    "top_p": 0.5,
+    "evaluation_file": "problems.jsonl",
 }
 
 

@@ -46,7 +46,7 @@ def _kill_worker(run: Path, sweep: subprocess.Popen[str]) -> psutil.Process:
 def test_the_run_of_a_killed_worker_is_done_again(cluster: str, tiny_folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "s"
     command = f"sweep --grid temperature=0.5,1 --grid seed=0:2 --output {output} --ray {cluster} --model {tiny_folder} "
-    command += f"--prompt 2+2? --steps {_STEPS} --batch-size 8 --max-new-tokens 32 --evaluation-size 0"
+    command += f"--prompt 2+2? --steps {_STEPS} --batch-size 8 --max-new-tokens 32 --evaluation-size 0 --state-every 1"
     killed = output / "runs" / "temperature=0.5,seed=1"
     with subprocess.Popen(
         [sys.executable, "-m", "em_kernels.cli", *command.split()],
@@ -75,8 +75,10 @@ def test_the_run_of_a_killed_worker_is_done_again(cluster: str, tiny_folder: Pat
     assert "Resuming after step" in (output / "logs" / f"{killed.name}.log").read_text()
 
 
-def test_no_cluster_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["sweep", "--grid", "seed=0", "--output", str(tmp_path / "s"), "--ray", "ray://127.0.0.1:1"]
+@pytest.mark.parametrize("address", ["ray://127.0.0.1:1", "127.0.0.1:1", "nowhere"])
+def test_no_cluster_is_one_line(address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["sweep", "--grid", "seed=0", "--output", str(tmp_path / "s"), "--ray", address]
     assert main(arguments) == 2
     [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("em-kernels")]
-    assert "--ray is 'ray://127.0.0.1:1', where no Ray cluster can be joined" in line
+    assert f"--ray is '{address}', where no Ray cluster can be joined" in line
+    assert not (tmp_path / "s").exists()

@@ -89,7 +89,7 @@ def test_rows_to_compute_with(tmp_path: Path, results: list[Result]) -> None:
 
 def test_without_evaluations_or_finished_runs(tmp_path: Path) -> None:
     runs = write_sweep(tmp_path, {"temperature": (0.1, 0.3)})
-    write_run(runs[0], [0.5], {}, {})
+    write_run(runs[0], [0.6, 0.5], {}, {})
     results = [read_result(run, failed=run.number == 2) for run in runs]
     head, _, cold, warm, *notes = write_table(SweepFolder(tmp_path), results, group_by_settings(results)).splitlines()
     assert _cells(head) == ["temperature", "runs", "failed", "loss", "entropy"]
@@ -101,6 +101,6 @@ def test_without_evaluations_or_finished_runs(tmp_path: Path) -> None:
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     [run] = write_sweep(tmp_path, {"seed": (0,)})
     write_run(run, [0.5], {}, {})
-    (run.folder / "metrics.jsonl").write_text('{"step": 1, "lo')
-    with pytest.raises(UsageError, match=r"metrics\.jsonl has a line that is no JSON object"):
+    run.folder.metrics.write_text('{"step": 1, "lo')
+    with pytest.raises(UsageError, match="seed=0 has a damaged file"):
         read_result(run, failed=False)
