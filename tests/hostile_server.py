@@ -23,7 +23,7 @@ class Handler(BaseHTTPRequestHandler):
             self.server.bodies.append(self.body)
             self.server.paths.append(self.path)
             self.server.keys.append(self.headers.get("Authorization"))
-            behave = self.server.behaviours.pop(0) if self.server.behaviours else fine
+            behave = self.server.behaviours.pop(0) if self.server.behaviours else self.server.otherwise
         with contextlib.suppress(ConnectionError):
             behave(self)
 
@@ -42,9 +42,9 @@ class Handler(BaseHTTPRequestHandler):
 class HostileServer(ThreadingHTTPServer):
     daemon_threads = True
 
-    def __init__(self, behaviours: list[Behaviour]) -> None:
+    def __init__(self, behaviours: list[Behaviour], otherwise: Behaviour) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.behaviours = behaviours
+        self.behaviours, self.otherwise = behaviours, otherwise
         self.bodies: list[dict[str, Any]] = []
         self.paths: list[str] = []
         self.keys: list[str | None] = []
@@ -56,9 +56,9 @@ class HostileServer(ThreadingHTTPServer):
 
 
 @contextlib.contextmanager
-def hostile_server(*behaviours: Behaviour) -> Iterator[HostileServer]:
-    """A server that behaves so on its first requests, and answers all that follow."""
-    with HostileServer(list(behaviours)) as server:
+def hostile_server(*behaviours: Behaviour, otherwise: Behaviour | None = None) -> Iterator[HostileServer]:
+    """A server that behaves so on its first requests, and otherwise on all that follow, which it answers by default."""
+    with HostileServer(list(behaviours), otherwise or fine) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         try:
             yield server
@@ -111,7 +111,6 @@ def dripping(handler: Handler) -> None:
 
 def unknowing(handler: Handler) -> None:
     """Refuses every setting that OpenAI does not have."""
-    handler.server.behaviours.append(unknowing)
     extra = sorted(handler.body.keys() & {"top_k", "repetition_penalty"})
     if extra:
         answering({"detail": f"Unexpected fields in the request: {extra}"}, 422)(handler)

@@ -125,7 +125,7 @@ def test_a_request_that_is_wrong_is_not_asked_again(body: dict[str, Any], messag
 
 def test_a_server_that_knows_no_top_k_is_asked_without_once_that_is_seen() -> None:
     notes: list[str] = []
-    with hostile_server(unknowing) as server:
+    with hostile_server(otherwise=unknowing) as server:
         assert len(_complete(_server(server.url, notes, concurrency=1))) == 5
         assert len(server.bodies) == 6
     assert len(notes) == 1
@@ -133,7 +133,10 @@ def test_a_server_that_knows_no_top_k_is_asked_without_once_that_is_seen() -> No
 
 
 def test_a_server_that_knows_no_top_k_cannot_be_asked_for_one() -> None:
-    with hostile_server(unknowing) as server, pytest.raises(UsageError, match=r"HTTP 422, Unexpected fields .*top_k"):
+    with (
+        hostile_server(otherwise=unknowing) as server,
+        pytest.raises(UsageError, match=r"HTTP 422, Unexpected fields .*top_k"),
+    ):
         _complete(_server(server.url), sampling=Sampling(0.5, 7, top_k=4))
 
 
@@ -148,12 +151,8 @@ def test_a_server_that_is_not_there_is_given_up() -> None:
 
 
 def test_completions_before_the_server_dies_are_kept_and_no_more_are_asked_for() -> None:
-    def dying(handler: Any) -> None:
-        handler.server.behaviours[:0] = [dying]
-        ending(handler)
-
     found: list[Generated] = []
-    with hostile_server(*[_fine] * 3, dying) as server:
+    with hostile_server(*[_fine] * 3, otherwise=ending) as server:
         completions = _server(server.url, concurrency=1).complete(
             _REQUESTS, _SAMPLING, description="", show_progress=False
         )
