@@ -80,6 +80,11 @@ def test_a_prompt_is_read_once_for_all_of_its_completions(policy: Policy, widths
     assert widths[0] == (2, len("user:1+1?<") + 2)
     assert widths[1] == (6, 1)
     assert len({tuple(ids.tolist()) for ids in rollout.completion_ids()[:5]}) == 5
+    widths.clear()
+    samples = [Request((prompt, i), prompt, i) for prompt in ("1+1?", "x") for i in range(6)]
+    generated = policy.complete(samples, Sampling(1.0, 40), at_once=2, description="", show_progress=False)
+    assert len(list(generated)) == 12
+    assert [(rows, columns) for rows, columns in widths if columns > 1] == [(1, 12), (2, 12)]
 
 
 def test_completions_that_have_ended_leave_the_batch(policy: Policy, widths: list[tuple[int, int]]) -> None:
@@ -134,8 +139,7 @@ def test_long_prompts_are_read_in_parts(
     monkeypatch.setattr(decoding, "_PREFILL_TOKENS", 40)
     assert _complete(policy, sampling, 8) == whole
     read = [(rows, columns) for rows, columns in widths if columns > 1]
-    assert [rows for rows, _ in read] == [3, 2, 1]
-    assert all(rows * columns <= 40 for rows, columns in read)
+    assert read == [(1, 12), (1, 28), (2, 12), (2, 20), (2, 12)]
 
 
 @pytest.mark.parametrize("temperature", [None, 1.0])
