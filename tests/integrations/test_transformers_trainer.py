@@ -240,13 +240,14 @@ def test_the_callback_logs_at_the_end_of_an_epoch_and_leaves_nothing(
     trainer.add_callback(EntropyCallback(trainer))
     # The first run raises, and what it leaves must not count twice.
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "training_step", lambda *args: 1 / 0)
+        patch.setattr(trainer.accelerator, "backward", lambda *args, **kwargs: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             trainer.train()
-    trainer.train()
-    assert [entry["step"] for entry in trainer.state.log_history if "entropy" in entry] == [1, 2]
     assert not model._forward_hooks
     assert not trainer.objective.measures
+    trainer.train()
+    assert [entry["step"] for entry in trainer.state.log_history if "entropy" in entry] == [1, 2]
+    assert "training_step" not in vars(trainer)
 
 
 def test_the_callback_takes_the_entropy_of_trls_output(tmp_path: Path) -> None:

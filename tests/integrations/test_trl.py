@@ -11,7 +11,9 @@ from transformers import AutoModelForCausalLM
 from trl.trainer import utils
 from trl_trainers import entropies_of, save_ending_model, trainer_of
 
+from em_kernels.integrations.transformers import EntropyCallback
 from em_kernels.integrations.trl import TargetEntropy, add_entropy_term, attach, detach, token_stats_in_trl
+from em_kernels.one_shot.metrics import DECIDED
 
 OWN = utils._ChunkedLogProbFunction
 
@@ -203,6 +205,19 @@ def test_what_a_tool_has_written_does_not_count(given, model_folder, tmp_path):
     trainer.train()
     (logged,) = [e["entropy_term/entropy"] for e in trainer.state.log_history if "entropy_term/entropy" in e]
     assert logged == pytest.approx(sum(total for total, _ in seen) / sum(count for _, count in seen), rel=1e-5)
+
+
+def test_the_callback_logs_the_entropy_beside_trls_numbers(model_folder, tmp_path):
+    trainer = trainer_of("sft", model_folder, tmp_path, max_steps=1, learning_rate=0.0)
+    trainer.add_callback(EntropyCallback(trainer))
+    _, batches = first_gradients(trainer, None)
+    parts = [entropies_of(trainer.model, batch) for batch in batches]
+    entropies = torch.cat([entropy[kept] for entropy, kept in parts])
+    ours, theirs = (entry for entry in trainer.state.log_history if "entropy" in entry)
+    assert ours["entropy"] == pytest.approx(entropies.mean().item(), rel=1e-5)
+    assert ours["decided"] == pytest.approx((entropies < DECIDED).float().mean().item())
+    assert "loss" in theirs
+    assert not trainer.model._forward_hooks
 
 
 def test_a_quantile_of_the_tokens_is_refused(model_folder, tmp_path):

@@ -34,21 +34,32 @@ class EntropyCallback(TrainerCallback):
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
         self.sums: Tensor | None = None
-        self.hook: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.on_train_end(args, state, control)  # A run that raised has not come to its end.
-        if isinstance(self.trainer, EntropyTrainer):
-            self.trainer.objective.measures = True
-        self.hook = causal_model(model).register_forward_hook(self._measure, with_kwargs=True)
+        self.model, self.step = causal_model(model), self.trainer.training_step
+        self.replaced = self.trainer.__dict__.get("training_step")
+        self.trainer.training_step = self._measured_step
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.sums = None
-        if isinstance(self.trainer, EntropyTrainer):
-            self.trainer.objective.measures = False
-        if self.hook is not None:
-            self.hook.remove()
-            self.hook = None
+        if self.trainer.__dict__.get("training_step") == self._measured_step:
+            del self.trainer.training_step
+            if self.replaced is not None:
+                self.trainer.training_step = self.replaced
+
+    def _measured_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        # The Trainer calls no callback where a step raises, and the model must not stay hooked.
+        hook = self.model.register_forward_hook(self._measure, with_kwargs=True)
+        objective = self.trainer.objective if isinstance(self.trainer, EntropyTrainer) else None
+        try:
+            if objective is not None:
+                objective.measures = True
+            return self.step(*args, **kwargs)
+        finally:
+            hook.remove()
+            if objective is not None:
+                objective.measures = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not control.should_log or self.sums is None:
