@@ -15,7 +15,6 @@ from em_kernels.one_shot.analysis.steps import describe_steps
 from em_kernels.one_shot.config import TrainConfig
 from em_kernels.one_shot.training import train
 
-
 pytestmark = pytest.mark.slow
 
 
