@@ -66,6 +66,7 @@ def test_models_are_measured_on_the_same_draws(tmp_path: Path, capsys: pytest.Ca
         mean = sum(r.verdict == "right" for r in own) / len(own)
         assert re.search(rf"^\| sums +\| {model} +\| 0\.7 +\| +{100 * mean:.1f}% ± [\d.]+% \|", table, re.MULTILINE)
     assert "mean of the tasks" in table
+    assert "All completions of each problem are the same" not in table
     assert "| Qwen2.5-Math-7B" in table
     assert "135M" not in table
     assert (tmp_path / "out" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
@@ -179,6 +180,14 @@ def test_select_by_agreement_needs_no_answers(tmp_path: Path) -> None:
     answers = {i: Counter(record.answer for record in records if record.problem == i) for i in range(4)}
     ranking = [json.loads(line) for line in (tmp_path / "out" / "ranking.jsonl").read_text().splitlines()]
     assert {row["problem"]: row["p"] for row in ranking} == {i: max(answers[i].values()) / 5 for i in range(4)}
+
+
+def test_a_server_that_does_not_draw_is_noticed(tmp_path: Path) -> None:
+    options = ["m", "--task", _problems(tmp_path / "sums.jsonl", 3), "--temperature", "0,1", "--samples", "2"]
+    with hostile_server(otherwise=answering(completion("It is 4."))) as server:
+        assert _evaluate(server, tmp_path / "out", *options) == 0
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert table.count("All completions of each problem are the same: m on sums at temperature 1.") == 1
 
 
 def test_select_from_a_model_that_says_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,6 +32,8 @@ def test_scores_of_a_cell() -> None:
     # The votes of problem 1 are one each, and the first of them, which is wrong, counts.
     assert found.voted == Estimate(0.5, 0.5)
     assert (found.length, found.truncated, found.unreadable, found.unfinished) == (11.0, pytest.approx(1 / 6), 1, 1)
+    # All texts are empty.
+    assert not found.varied
 
 
 def test_cells_are_kept_apart_and_one_completion_has_no_majority() -> None:
