@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from em_kernels.cli.chat import add_chat_options, chat_format
 from em_kernels.cli.shared import import_quietly, print_note
 from em_kernels.one_shot.config import AUTHORS_NOTES, AVERAGES, DTYPES, LOSSES, OPTIMIZERS, PRESETS, TRACKERS
 
@@ -31,6 +32,7 @@ def add_parser(commands: Any) -> None:
     )
     train.add_argument("--quiet", action="store_true", help="no progress on standard error")
     _add_what(train.add_argument_group("what is trained"))
+    add_chat_options(train)
     _add_how(train.add_argument_group("how (demo's value, paper's value)"))
     _add_kept(train.add_argument_group("what is measured and kept"))
 
@@ -47,13 +49,6 @@ def _add_what(what: Any) -> None:
         type=Path,
         metavar="FILE",
         help="rows with a question (.jsonl, .json, .csv, .parquet), or a text that is one prompt (.txt)",
-    )
-    what.add_argument("--system", metavar="TEXT", help='system text; "step-by-step": that of the published evaluation')
-    what.add_argument(
-        "--chat-template", metavar="FILE", help="Jinja template in place of the model's; plain: one for base models"
-    )
-    what.add_argument(
-        "--stop", action="append", metavar="TEXT", help="text that ends a completion, besides the model's"
     )
 
 
@@ -133,23 +128,18 @@ def _train(
     prompts = [*prompt, *(text for path in prompt_file for text in read_prompts(path, note=print_note))]
     if prompts:
         settings["prompts"] = tuple(prompts)
-    for name in ("stop", "stop_when"):
-        if name in settings:
-            settings[name] = tuple(settings[name])
+    if "stop_when" in settings:
+        settings["stop_when"] = tuple(settings["stop_when"])
+    of_chat = {name: settings.pop(name) for name in ("system", "chat_template", "stop") if name in settings}
     config = dataclasses.replace(PRESETS[preset], **settings)
 
     import_quietly()
-    from em_kernels.one_shot.policy.chat import PLAIN, SYSTEM_TEXTS
     from em_kernels.one_shot.progress import be_quiet
     from em_kernels.one_shot.runs.folder import default_run_folder
     from em_kernels.one_shot.training import train
 
-    if config.system is not None:
-        config = dataclasses.replace(config, system=SYSTEM_TEXTS.get(config.system, config.system))
-    if config.chat_template not in (None, PLAIN):
-        from em_kernels.one_shot.data.rows import read_text
-
-        config = dataclasses.replace(config, chat_template=read_text(Path(config.chat_template)))
+    chat = chat_format(**{"system": None, "chat_template": None, "stop": None, **of_chat})
+    config = dataclasses.replace(config, system=chat.system, chat_template=chat.template, stop=chat.stop)
     if quiet:
         be_quiet()
     if preset == "authors":

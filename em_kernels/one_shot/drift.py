@@ -15,7 +15,7 @@ from torch import Tensor
 from em_kernels.one_shot.policy import Policy
 from em_kernels.one_shot.policy.rollout import Rollout
 from em_kernels.one_shot.policy.sampling import Sampling
-from em_kernels.one_shot.scores import score_tokens
+from em_kernels.one_shot.token_scores import score_tokens
 
 _COMPLETIONS = 4
 # Scoring them takes less than a tenth of a training step's time on 16 completions, and drawing more would take long.

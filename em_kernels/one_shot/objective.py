@@ -18,8 +18,8 @@ from em_kernels.one_shot.policy import Policy
 from em_kernels.one_shot.policy.rollout import Rollout
 from em_kernels.one_shot.policy.scoring import set_scoring_mode
 from em_kernels.one_shot.progress import progress
-from em_kernels.one_shot.scores import statistics_in_head, statistics_of_logits
 from em_kernels.one_shot.sharding import micro_batch
+from em_kernels.one_shot.token_scores import statistics_in_head, statistics_of_logits
 
 
 def accumulate_gradient(

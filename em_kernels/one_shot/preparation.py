@@ -1,17 +1,13 @@
 """What a training run starts from: its policy and optimiser, and the problems of its evaluations."""
 
-import platform
 import random
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import accelerate
 import torch
-import transformers
 from accelerate import Accelerator
 
-import em_kernels
 from em_kernels.models.head import OutputHead, find_head
 from em_kernels.one_shot import sharding
 from em_kernels.one_shot.config import TrainConfig
@@ -102,22 +98,6 @@ def headline(accelerator: Accelerator, prepared: Prepared, config: TrainConfig, 
         f"On disk: {_state_bytes(prepared.trained, config) / 1e9:.2g} GB for the state that --resume goes on from, "
         f"{_checkpoint_bytes(prepared, config) / 1e9:.2g} GB for each model that is kept"
     )
-
-
-def surroundings(accelerator: Accelerator) -> dict[str, Any]:
-    """What config.json says of a run besides its settings."""
-    cuda = accelerator.device.type == "cuda"
-    return {
-        "versions": {
-            "em_kernels": em_kernels.__version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "accelerate": accelerate.__version__,
-        },
-        "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
-        "processes": accelerator.num_processes,
-    }
 
 
 def _head_of(model: Any) -> OutputHead:

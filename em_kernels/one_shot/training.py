@@ -25,7 +25,7 @@ from em_kernels.one_shot.policy import Policy
 from em_kernels.one_shot.policy.adapter import has_adapter
 from em_kernels.one_shot.policy.rollout import Rollout
 from em_kernels.one_shot.policy.sampling import FILTER_NOTE, derive_seed
-from em_kernels.one_shot.preparation import evaluation_problems, headline, prepare, surroundings, training_sampling
+from em_kernels.one_shot.preparation import evaluation_problems, headline, prepare, training_sampling
 from em_kernels.one_shot.runs.files import failing_as_os_error, removed_on_failure
 from em_kernels.one_shot.runs.folder import RunFolder
 from em_kernels.one_shot.runs.lines import (
@@ -37,6 +37,7 @@ from em_kernels.one_shot.runs.lines import (
     step_line,
 )
 from em_kernels.one_shot.runs.pictures import draw_report, write_completions
+from em_kernels.one_shot.runs.surroundings import surroundings
 from em_kernels.one_shot.schedule import prompts_for
 from em_kernels.one_shot.stopping import stopped_by
 
@@ -83,7 +84,7 @@ def train(config: TrainConfig, output: str | Path, *, resume: bool = False, stat
         problems = evaluation_problems(config)
         prepared = prepare(accelerator, config, problems)
         if accelerator.is_main_process:
-            run.begin(config, surroundings(accelerator))
+            run.begin(config, {**surroundings(), "processes": processes})
         accelerator.wait_for_everyone()
         accelerator.print(headline(accelerator, prepared, config, run.path), flush=True)
         if training_sampling(config).filtered:

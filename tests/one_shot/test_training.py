@@ -3,7 +3,9 @@ import json
 import math
 import os
 import resource
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,9 +19,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from em_kernels.one_shot import training
+from em_kernels.one_shot import preparation, training
 from em_kernels.one_shot.config import TrainConfig
 from em_kernels.one_shot.errors import UsageError
+from em_kernels.one_shot.evaluation.records import read_records
+from em_kernels.one_shot.interruption import Interrupted
+from em_kernels.one_shot.objective import accumulate_gradient
 from em_kernels.one_shot.policy import Policy
 from em_kernels.one_shot.policy.model import load_model
 from em_kernels.one_shot.policy.rollout import Rollout
@@ -28,13 +33,14 @@ from em_kernels.one_shot.training import train
 
 pytestmark = pytest.mark.slow
 
-_FINISHED = [
-    "after.json",
-    "before.json",
+_RESULTS = [
     "checkpoint",
     "completions.txt",
     "config.json",
+    "evaluations",
+    "evaluations.jsonl",
     "metrics.jsonl",
+    "reference.json",
     "report.png",
 ]
 
@@ -60,8 +66,9 @@ def _assert_same_result(folder: Path, other: Path) -> None:
         for run in (folder, other)
     ]
     assert measured[0] == measured[1]
-    for when in ("before", "after"):
-        assert (folder / f"{when}.json").read_text() == (other / f"{when}.json").read_text()
+    assert _names(folder / "evaluations") == _names(other / "evaluations")
+    for path in (folder / "evaluations.jsonl", folder / "reference.json", *(folder / "evaluations").iterdir()):
+        assert path.read_text() == (other / path.relative_to(folder)).read_text()
     assert _names(folder) == _names(other)
 
 
@@ -78,28 +85,63 @@ def finished(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
         evaluation_size=2,
     )
     output = tmp_path_factory.mktemp("runs") / "finished"
-    train(config, output)
+    train(config, output, state_every=1)
     return config, output
 
 
-def test_run_leaves_what_it_says(finished: tuple[TrainConfig, Path]) -> None:
+def test_run_leaves_what_it_says(finished: tuple[TrainConfig, Path], tiny: tuple[Any, Any]) -> None:
     config, output = finished
-    assert _names(output) == _FINISHED
+    assert _names(output) == sorted([*_RESULTS, "state-4"])
     rows = _metrics(output)
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     for row in rows:
         assert 0 < row["loss"] < row["entropy"]
         assert 6 <= row["tokens"] <= 48
-        assert 0 <= row["decided"] <= 1
+        assert row["tokens"] == pytest.approx(6 * row["length_mean"])
+        assert 1 <= row["length_mean"] <= row["length_max"] <= 8
+        # "user:2+2?<end>a:" and "user:a longer one<end>a:" are of one token a character.
+        assert row["prompt_tokens"] == (12 + 20) / 2
+        for share in ("decided", "truncated", "repetition"):
+            assert 0 <= row[share] <= 1
+        assert -10 < row["logprob"] < 0
+        assert row["learning_rate"] == config.learning_rate
+        assert row["gradient_norm"] > 0
         assert row["seconds_generating"] > 0
         assert row["seconds_training"] > 0
         # Python and torch alone need more than 0.1 GB.
         assert 0.1 < row["peak_memory_gb"] < 100
     stored = json.loads((output / "config.json").read_text())
-    assert TrainConfig(**{**stored["config"], "prompts": tuple(stored["config"]["prompts"])}) == config
+    assert TrainConfig.from_json(stored["config"]) == config
     assert stored["versions"]["torch"] == torch.__version__
     assert image.imread(output / "report.png").shape[2] == 4
     assert "BEFORE" in (output / "completions.txt").read_text()
+
+
+def test_first_step_moves_each_parameter_by_the_learning_rate(finished: tuple[TrainConfig, Path]) -> None:
+    # Adam's first update has the size of the learning rate in each coordinate that has a gradient.
+    config, output = finished
+    parameters = sum(tensor.numel() for tensor in _weights(output).values())
+    first = _metrics(output)[0]["update_norm"]
+    assert 0.5 * config.learning_rate * parameters**0.5 < first < 1.05 * config.learning_rate * parameters**0.5
+
+
+def test_evaluations_keep_every_verdict(finished: tuple[TrainConfig, Path]) -> None:
+    _, output = finished
+    rows = RunFolder(output).read_evaluations()
+    assert [(row["step"], row["decoding"], row["temperature"]) for row in rows] == [
+        (0, "greedy", 0.0),
+        (0, "sampled", 1.0),
+        (4, "greedy", 0.0),
+        (4, "sampled", 1.0),
+    ]
+    for row in rows:
+        records = [
+            r for r in read_records(RunFolder(output).records(row["step"])) if r.temperature == row["temperature"]
+        ]
+        assert [record.problem for record in records] == list(range(row["problems"])) == [0, 1]
+        assert row["accuracy"] == sum(record.verdict == "right" for record in records) / 2
+        assert row["truncated"] == sum(record.truncated for record in records)
+        assert row["length_mean"] == sum(record.tokens for record in records) / 2
 
 
 def test_entropy_falls(finished: tuple[TrainConfig, Path]) -> None:
@@ -137,7 +179,7 @@ def test_steps_do_not_depend_on_micro_batches(
     assert losses[0][0] == pytest.approx(losses[2][0], rel=1e-5)
 
 
-def test_prompts_are_taken_in_turn(
+def test_prompts_are_taken_equally_often(
     finished: tuple[TrainConfig, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = dataclasses.replace(finished[0], prompts=("1", "2", "3", "4"), steps=2, evaluation_size=0)
@@ -150,8 +192,9 @@ def test_prompts_are_taken_in_turn(
 
     monkeypatch.setattr(Policy, "sample", observed)
     train(config, tmp_path / "run")
-    # The completions of the evaluations before and after are sampled as well.
-    assert asked[1:-1] == [["1", "2", "3", "4", "1", "2"], ["3", "4", "1", "2", "3", "4"]]
+    # The starting model's completions, and those of the evaluations before and after, are sampled as well.
+    [first, second] = asked[2:-1]
+    assert [sorted(turn) for turn in (first[:4], first[4:] + second[:2], second[2:])] == [["1", "2", "3", "4"]] * 3
 
 
 def test_each_step_draws_anew(
@@ -194,7 +237,7 @@ def _killed(config: TrainConfig, output: Path, patch: str) -> None:
     program = f"""
 import os, signal, torch
 from pathlib import Path
-from em_kernels.one_shot import training
+from em_kernels.one_shot import preparation, training
 from em_kernels.one_shot.config import TrainConfig
 from em_kernels.one_shot.policy.model import load_model
 
@@ -202,7 +245,7 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 {patch}
-training.train(TrainConfig(**{dataclasses.asdict(config)!r}), {str(output)!r})
+training.train(TrainConfig(**{dataclasses.asdict(config)!r}), {str(output)!r}, state_every=1)
 """
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
@@ -247,29 +290,40 @@ def test_killed_run_resumes_to_the_same_parameters(
     output = tmp_path / "run"
     _killed(config, output, patch)
     assert not (output / "checkpoint").exists()
-    before = (output / "before.json").stat().st_mtime_ns if (output / "before.json").exists() else None
+    shown = output / "evaluations" / "shown-0.json"
+    before = shown.stat().st_mtime_ns if shown.exists() else None
     train(config, output, resume=True)
     _assert_same_result(output, expected)
     if before is not None:
-        assert (output / "before.json").stat().st_mtime_ns == before
+        assert shown.stat().st_mtime_ns == before
 
 
-def test_interrupted_run_resumes_to_the_same_parameters(
+def test_interrupted_run_keeps_its_last_step_and_resumes_to_the_same_parameters(
     finished: tuple[TrainConfig, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, expected = finished
     output = tmp_path / "run"
     with monkeypatch.context() as patched:
-        patched.setattr(RunFolder, "keep_state", _raise_keyboard_interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            train(config, output)
-    assert _names(output) == ["before.json", "config.json", "metrics.jsonl"]
-    train(config, output, resume=True)
+        # The signal comes in the middle of the third step, whose update is not taken any more.
+        calls: list[int] = []
+
+        def interrupted(*given: Any, **named: Any) -> Any:
+            calls.append(1)
+            if len(calls) == 3:
+                signal.raise_signal(signal.SIGTERM)
+            return accumulate_gradient(*given, **named)
+
+        patched.setattr(training, "accumulate_gradient", interrupted)
+        with pytest.raises(Interrupted) as raised:
+            train(config, output, state_every=100)
+    assert raised.value.signum == signal.SIGTERM
+    assert "state-2" in _names(output)
+    assert [row["step"] for row in _metrics(output)] == [1, 2]
+    # What changes neither the result nor its bits may differ.
+    settings = {"report_to": "tensorboard", "checkpoint_every": 100, "gradient_checkpointing": True}
+    train(dataclasses.replace(config, **settings), output, resume=True)
+    shutil.rmtree(output / "em_kernels")
     _assert_same_result(output, expected)
-
-
-def _raise_keyboard_interrupt(*_: Any, **__: Any) -> None:
-    raise KeyboardInterrupt
 
 
 def test_resuming_a_finished_run_changes_nothing(
@@ -277,15 +331,72 @@ def test_resuming_a_finished_run_changes_nothing(
 ) -> None:
     config, output = finished
     times = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
-    (output / "state-4").mkdir()  # A run killed after the checkpoint's rename leaves this folder.
     train(config, output, resume=True)
     assert "is finished" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == times
 
 
-def test_resuming_nothing_starts(tiny_config: TrainConfig, tmp_path: Path) -> None:
-    train(dataclasses.replace(tiny_config, evaluation_size=0), tmp_path / "deep" / "run", resume=True)
-    assert _names(tmp_path / "deep" / "run") == _FINISHED
+def test_finished_run_goes_on_with_more_steps(finished: tuple[TrainConfig, Path], tmp_path: Path) -> None:
+    config, expected = finished
+    output = tmp_path / "run"
+    train(dataclasses.replace(config, steps=2), output)
+    short = _weights(output)
+    with pytest.raises(UsageError, match=r"steps is 1, but the run in .* has taken 2, expected no less"):
+        train(dataclasses.replace(config, steps=1), output, resume=True)
+    train(config, output, resume=True)
+    assert all(torch.equal(_weights(output)[name], weight) for name, weight in _weights(expected).items())
+    assert [row["loss"] for row in _metrics(output)] == [row["loss"] for row in _metrics(expected)]
+    # What the shorter run has left is still there.
+    kept = load_file(output / "checkpoint-2" / "model.safetensors")
+    assert all(torch.equal(kept[name], weight) for name, weight in short.items())
+    assert [row["step"] for row in RunFolder(output).read_evaluations()] == [0, 0, 2, 2, 4, 4]
+    shutil.rmtree(output / "state-4")
+    with pytest.raises(UsageError, match="cannot go on, because its state-4 is gone"):
+        train(dataclasses.replace(config, steps=5), output, resume=True)
+
+
+def test_models_and_evaluations_on_the_way(finished: tuple[TrainConfig, Path], tmp_path: Path) -> None:
+    config, expected = finished
+    output = tmp_path / "run"
+    train(dataclasses.replace(config, evaluate_every=2, checkpoint_every=1), output)
+    assert all(torch.equal(_weights(output)[name], weight) for name, weight in _weights(expected).items())
+    assert [row["step"] for row in RunFolder(output).read_evaluations()] == [0, 0, 2, 2, 4, 4]
+    kept = [load_file(output / f"checkpoint-{step}" / "model.safetensors") for step in (1, 2, 3, 4)]
+    assert not torch.equal(kept[0]["lm_head.weight"], kept[1]["lm_head.weight"])
+    assert torch.equal(kept[3]["lm_head.weight"], _weights(output)["lm_head.weight"])
+
+
+def test_run_ends_where_a_rule_says(
+    finished: tuple[TrainConfig, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, expected = finished
+    losses = [row["loss"] for row in _metrics(expected)]
+    assert losses[1] < losses[0]
+    rule = f"loss<{(losses[0] + losses[1]) / 2}"
+    stopping = dataclasses.replace(config, stop_when=(rule,))
+    train(stopping, tmp_path / "run")
+    assert f"Stopped after step 2 by the rule {rule}" in capsys.readouterr().out
+    assert [row["loss"] for row in _metrics(tmp_path / "run")] == losses[:2]
+    assert [row["step"] for row in RunFolder(tmp_path / "run").read_evaluations()] == [0, 0, 2, 2]
+    train(stopping, tmp_path / "run", resume=True)
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_step_without_entropy_is_said(
+    tiny_config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(dataclasses.replace(tiny_config, temperature=1e-4, steps=1, evaluation_size=0), tmp_path / "run")
+    assert _metrics(tmp_path / "run")[0]["gradient_norm"] == 0
+    assert "warning: the loss and the gradient of step 1 are 0" in capsys.readouterr().out
+
+
+def test_seeds_share_the_evaluation(finished: tuple[TrainConfig, Path], tmp_path: Path) -> None:
+    config, expected = finished
+    train(dataclasses.replace(config, seed=1, steps=1), tmp_path / "run")
+    assert _metrics(tmp_path / "run")[0]["loss"] != _metrics(expected)[0]["loss"]
+    for name in ("step-0.jsonl", "shown-0.json"):
+        of_seed_1, of_seed_0 = (folder / "evaluations" / name for folder in (tmp_path / "run", expected))
+        assert of_seed_1.read_text() == of_seed_0.read_text()
 
 
 def test_folder_with_a_run_needs_resume(finished: tuple[TrainConfig, Path]) -> None:
@@ -301,8 +412,8 @@ def test_a_state_is_kept_at_least_every_so_many_steps(tiny_config: TrainConfig, 
 
 def test_other_settings_cannot_resume(finished: tuple[TrainConfig, Path]) -> None:
     config, output = finished
-    with pytest.raises(UsageError, match=r"other settings: steps: 4, not 5; seed: 0, not 1$"):
-        train(dataclasses.replace(config, steps=5, seed=1), output, resume=True)
+    with pytest.raises(UsageError, match=r"other settings: learning_rate: 0.003, not 1; seed: 0, not 1$"):
+        train(dataclasses.replace(config, learning_rate=1, seed=1), output, resume=True)
 
 
 def test_another_number_of_processes_cannot_resume(finished: tuple[TrainConfig, Path], tmp_path: Path) -> None:
@@ -332,7 +443,7 @@ def test_diverged_gradient_is_not_stepped(
         model.lm_head.weight.register_hook(lambda gradient: gradient * math.inf)
         return model, tokenizer
 
-    monkeypatch.setattr("em_kernels.one_shot.training.load_model", load_with_infinite_gradient)
+    monkeypatch.setattr(preparation, "load_model", load_with_infinite_gradient)
     with pytest.raises(UsageError, match=r"the gradient's norm is (nan|inf): the model has diverged"):
         train(dataclasses.replace(tiny_config, evaluation_size=0), tmp_path / "run")
     assert not list((tmp_path / "run").glob("state-*"))
@@ -356,33 +467,85 @@ def test_processes_that_do_not_know_of_each_other(
     assert not (tmp_path / "run").exists()
 
 
-def test_prompt_beyond_the_context_is_seen_before_any_work(tiny_config: TrainConfig, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="more than the model's context of 256 tokens"):
-        train(dataclasses.replace(tiny_config, prompts=("x" * 300,)), tmp_path / "run")
-    assert not (tmp_path / "run" / "before.json").exists()
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model": "/nowhere/model"}, "model '/nowhere/model' cannot be loaded"),
+        ({"prompts": ("x" * 300,)}, "more than the model's context of 256 tokens"),
+        ({"max_new_tokens": 180}, "more than the model's context of 256 tokens"),
+        ({"evaluation_file": "nothing.csv"}, "file nothing.csv cannot be read"),
+    ],
+    ids=["model", "prompt", "problem", "file"],
+)
+def test_run_that_does_not_start_leaves_nothing(
+    tiny_config: TrainConfig, tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        train(dataclasses.replace(tiny_config, **settings), tmp_path / "deep" / "run")
+    assert _names(tmp_path) == []
+
+
+def test_leftovers_of_a_killed_start_are_no_content(tiny_config: TrainConfig, tmp_path: Path) -> None:
+    config = dataclasses.replace(tiny_config, evaluation_size=0, steps=1)
+    for resume in (False, True):
+        output = tmp_path / str(resume)
+        output.mkdir()
+        for name in (".lock", ".unfinished-12345-config.json"):
+            (output / name).write_text("{")
+        train(config, output, resume=resume)
+        assert not [name for name in _names(output) if name.startswith(".")]
+
+
+def test_two_runs_cannot_take_one_folder(tiny_config: TrainConfig, tmp_path: Path) -> None:
+    holder = f"""
+import sys
+from pathlib import Path
+from em_kernels.one_shot.runs.folder import RunFolder
+with RunFolder(Path({str(tmp_path / "run")!r})).held():
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+    other = subprocess.Popen([sys.executable, "-c", holder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None
+    assert other.stdout.readline() == "held\n"
+    try:
+        said = rf"is in use by process {other.pid} on {socket.gethostname()} since \d{{4}}-"
+        for resume in (False, True):
+            with pytest.raises(UsageError, match=said):
+                train(tiny_config, tmp_path / "run", resume=resume)
+    finally:
+        other.kill()
+        other.communicate()
+    # The lock has not survived its process.
+    train(dataclasses.replace(tiny_config, evaluation_size=0, steps=1), tmp_path / "run")
 
 
 @pytest.mark.parametrize(
-    ("kilobytes", "written"),
+    ("kilobytes", "named", "written"),
     [
-        (0, []),
-        (100, ["before.json", "config.json", "metrics.jsonl"]),
+        (0, ".lock", None),
+        (
+            100,
+            "state-1",
+            ["config.json", "evaluations", "evaluations.jsonl", "metrics.jsonl", "reference.json"],
+        ),
     ],
 )
 def test_full_disk_leaves_nothing_half_written(
-    tiny_config: TrainConfig, tmp_path: Path, kilobytes: int, written: list[str]
+    tiny_config: TrainConfig, tmp_path: Path, kilobytes: int, named: str, written: list[str] | None
 ) -> None:
     """A limit on the size of any file stands in for a disk with no room for it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (kilobytes * 1024, hard))
     try:
-        with pytest.raises(OSError, match=r"too large|cannot be written"):
+        with pytest.raises(OSError, match=r"File too large") as raised:
             train(tiny_config, tmp_path / "run")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert _names(tmp_path / "run") == written
+    assert str(tmp_path / "run" / named) in str(raised.value)
+    assert (_names(tmp_path / "run") if written else _names(tmp_path)) == (written or [])
     train(tiny_config, tmp_path / "run", resume=True)
-    assert _names(tmp_path / "run") == _FINISHED
+    assert _names(tmp_path / "run") == sorted([*_RESULTS, "state-3"])
 
 
 def test_full_disk_at_the_checkpoint(tiny: tuple[Any, Any], tmp_path: Path) -> None:
@@ -392,8 +555,8 @@ def test_full_disk_at_the_checkpoint(tiny: tuple[Any, Any], tmp_path: Path) -> N
     for kilobytes in (100, 1):
         resource.setrlimit(resource.RLIMIT_FSIZE, (kilobytes * 1024, hard))
         try:
-            with pytest.raises(OSError, match=r"checkpoint cannot be written: |too large"):
-                run.write_checkpoint(*tiny)
+            with pytest.raises(OSError, match=r"checkpoint cannot be written: |File too large"):
+                run.write_checkpoint(run.checkpoint, *tiny, None)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert _names(tmp_path) == []
@@ -414,6 +577,6 @@ def test_a_head_that_does_not_fit(tiny_config: TrainConfig, tmp_path: Path, monk
         model.lm_head.register_forward_hook(lambda module, inputs, output: output * 0.3)
         return model, tokenizer
 
-    monkeypatch.setattr(training, "load_model", load_changed)
+    monkeypatch.setattr(preparation, "load_model", load_changed)
     with pytest.raises(UsageError, match=r"something of its own .*; --loss logits works with any model$"):
         train(tiny_config, tmp_path / "run")

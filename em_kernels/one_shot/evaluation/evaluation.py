@@ -14,7 +14,7 @@ from em_kernels.one_shot.evaluation.statistics import mean_over_problems
 from em_kernels.one_shot.policy import Policy
 from em_kernels.one_shot.policy.generation import Request
 from em_kernels.one_shot.policy.sampling import Sampling, derive_seed
-from em_kernels.one_shot.scores import score_tokens
+from em_kernels.one_shot.token_scores import score_tokens
 
 # With the built-in model, two cores decode 160 tokens a second at 32 completions at once, and 126 at 16.
 _PROBLEMS_AT_ONCE = 32
@@ -78,8 +78,8 @@ def evaluate(
     with Grader() as grader:
         greedy = _graded(accelerator, policy, grader, problem_set, None, max_new_tokens, seed, f"{when}: greedy")
         sampled = _graded(accelerator, policy, grader, problem_set, 1.0, max_new_tokens, seed, f"{when}: temperature 1")
-        pairs = zip(problem_set.problems, greedy, sampled, strict=True)
-        agreeing = sum(_agree(grader, problem, *records) for problem, *records in pairs)
+        pairs = [(a.answer, b.answer) for a, b in zip(greedy, sampled, strict=True)]
+        agreeing = sum(a is not None and b is not None and grader.same(a, b) for a, b in pairs)
     return [*greedy, *sampled], agreeing / len(problem_set.problems)
 
 
@@ -195,9 +195,3 @@ def _records(
             tokens=generated.tokens,
             truncated=generated.truncated,
         )
-
-
-def _agree(grader: Grader, problem: Problem, greedy: Record, sampled: Record) -> bool:
-    if greedy.answer is None or sampled.answer is None:
-        return False
-    return grader.grade(sampled.answer, Problem(problem.question, (greedy.answer,))).verdict == Verdict.RIGHT

@@ -117,8 +117,8 @@ class RunFolder:
             else:
                 os.replace(self.checkpoint, self.checkpoint_after(last))
         if self.config.exists():
-            surroundings = {**json.loads(self.config.read_text(encoding="utf-8"))}
-        values = {**surroundings, "config": dataclasses.asdict(config)}
+            surroundings = json.loads(self.config.read_text(encoding="utf-8"))
+        values = {"config": None, **surroundings} | {"config": dataclasses.asdict(config)}
         write_text(self.config, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
         _write_rows(self.metrics, [row for row in self.read_metrics() if row["step"] <= last])
         if self.evaluations.exists():

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TextIO
 
 from em_kernels.one_shot.errors import UsageError
+from em_kernels.one_shot.runs.files import failing_as_os_error
 
 _NAME = ".lock"
 
@@ -25,11 +26,13 @@ def locked(folder: Path) -> Iterator[None]:
     """
     path = folder / _NAME
     with _locked_file(path) as file:
-        file.truncate(0)
         now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
-        json.dump({"process": os.getpid(), "host": socket.gethostname(), "since": now}, file)
-        file.flush()
+        holder = json.dumps({"process": os.getpid(), "host": socket.gethostname(), "since": now})
         try:
+            # Past the file's buffer, which a full disk would leave to be written at the end.
+            with failing_as_os_error(path):
+                os.ftruncate(file.fileno(), 0)
+                os.write(file.fileno(), holder.encode())
             yield
         finally:
             path.unlink(missing_ok=True)
