@@ -60,10 +60,10 @@ def _add_output(parser: Any, name: str) -> None:
 
 def _steps(kind: str, runs: Sequence[Path], output: Path) -> None:
     import_quietly()
-    from em_kernels.one_shot.analysis.runs import read_run
+    from em_kernels.one_shot.analysis.runs import read_runs
     from em_kernels.one_shot.analysis.steps import describe_steps, draw_steps
 
-    read = [read_run(path) for path in runs]
+    read = read_runs(runs)
     output.mkdir(parents=True, exist_ok=True)
     draw_steps(output / "steps.png", read)
     _finish(output, "steps", [line for run in read for line in (*describe_steps(run), "")])

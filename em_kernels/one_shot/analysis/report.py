@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import em_kernels
 from em_kernels.one_shot.analysis.accuracies import (
+    BUILT_IN_NOTE,
     CHOSEN_ON,
     DECODINGS,
     courses,
@@ -19,11 +20,6 @@ from em_kernels.one_shot.analysis.runs import Run, differing
 from em_kernels.one_shot.analysis.tables import markdown_table
 from em_kernels.one_shot.evaluation.statistics import Estimate, mean_over_problems, paired_difference
 
-BUILT_IN_NOTE = (
-    "The built-in model made these numbers. It answers 1 to 7 % of MAWPS, SVAMP and GSM8K and 25 % of the project's "
-    "own one-step problems (100 problems a set, greedy, 256 tokens), so they show the harness and the mechanism, and "
-    "not the gain that the paper reports."
-)
 # Rows of the table of curves: the name in metrics.jsonl, the heading, and the form of a value.
 _CURVES = (
     ("loss", "loss (nats)", ".4f"),
@@ -122,7 +118,8 @@ def _curves_section(groups: Sequence[Group]) -> list[str]:
     if not rows:
         return [*lines, "No run has finished a step."]
     lines += [
-        "Value at the first step and at the last one, with the standard deviation over seeds where there are several:",
+        "Value at the first step and at the last one: the mean over the runs that got there, with the standard "
+        "deviation over seeds where there are several.",
         "",
         *markdown_table(["", *_names(groups)], rows),
         "",

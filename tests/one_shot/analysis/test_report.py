@@ -7,8 +7,9 @@ from matplotlib import image
 from run_folders import metrics_row, write_run
 
 from em_kernels.cli import main
+from em_kernels.one_shot.analysis.accuracies import BUILT_IN_NOTE
 from em_kernels.one_shot.analysis.groups import band_of, named_groups
-from em_kernels.one_shot.analysis.report import BUILT_IN_NOTE, write_page
+from em_kernels.one_shot.analysis.report import write_page
 from em_kernels.one_shot.analysis.runs import read_run
 
 _WORSE, _BETTER = [True] * 2 + [False] * 10, [True] * 8 + [False] * 4
@@ -36,8 +37,8 @@ def test_groups_are_named_by_what_differs(tmp_path: Path) -> None:
     one = [write_run(tmp_path / f"one{seed}", seed=seed, prompts=("a",)) for seed in range(2)]
     many = write_run(tmp_path / "many", prompts=("a", "b"), temperature=0.7, learning_rate=1e-4)
     first, second = named_groups(read_run(folder) for folder in (*one, many))
-    assert (first.title, len(first.runs)) == ("A: 1 prompt, learning_rate 2e-05 and 1 more", 2)
-    assert second.title == "B: 2 prompts, learning_rate 0.0001 and 1 more"
+    assert (first.title, len(first.runs)) == ("A: 1 prompt (a), learning_rate 2e-05 and 1 more", 2)
+    assert second.title == "B: 2 prompts (a ...), learning_rate 0.0001 and 1 more"
     assert [group.title for group in named_groups(read_run(folder) for folder in one)] == ["all"]
 
 
