@@ -48,6 +48,7 @@ def _add_models(parser: Any) -> None:
         "--temperature", type=temperature, default=1.0, metavar="X", help="0: the most likely token (1)"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling (0)")
+    parser.add_argument("--resume", action="store_true", help="measure only the models that the folder lacks")
     add_chat_options(parser)
 
 
@@ -69,7 +70,7 @@ def _steps(kind: str, runs: Sequence[Path], output: Path) -> None:
     _finish(output, "steps", [line for run in read for line in (*describe_steps(run), "")])
 
 
-def _models(kind: str, models: Sequence[str], output: Path, **options: Any) -> None:
+def _models(kind: str, models: Sequence[str], output: Path, resume: bool, **options: Any) -> None:
     import_quietly()
     from em_kernels.one_shot.analysis import logits, tokens
     from em_kernels.one_shot.analysis.generated import load_policy
@@ -79,28 +80,42 @@ def _models(kind: str, models: Sequence[str], output: Path, **options: Any) -> N
     from em_kernels.one_shot.runs.surroundings import surroundings
 
     analysis: Any = {"logits": logits, "tokens": tokens}[kind]
+    of_kind: Any = {"logits": logits.LogitMoments, "tokens": tokens.TokenEntropies}[kind]
     chat = chat_format(options["system"], options["chat_template"], options["stop"])
     prompts, source = _prompts(options["prompt"], options["prompt_file"], options["task"], options["limit"])
     sampling = Sampling(options["temperature"] or None, options["max_new_tokens"])
+    chosen = {name: options[name] for name in ("temperature", "max_new_tokens", "seed")}
+    settings = {"prompts": source, **chosen, **dataclasses.asdict(chat)}
+    measured = {}
     named = find_models(models)
-    measured = {
-        model.name: analysis.measure(
-            load_policy(model.source, chat), prompts, sampling, seed=options["seed"], description=model.name
-        )
-        for model in named
-    }
-    settings = {
-        "models": {model.name: model.source for model in named},
-        "prompts": source,
-        **{name: options[name] for name in ("temperature", "max_new_tokens", "seed")},
-        **dataclasses.asdict(chat),
-    }
-    output.mkdir(parents=True, exist_ok=True)
-    write_text(output / "config.json", json.dumps({**settings, **surroundings()}, indent=2, ensure_ascii=False) + "\n")
+    for number, model in enumerate(named, start=1):
+        # What decides the result of the model, for --resume to tell it from that of other settings.
+        by = json.loads(json.dumps({**settings, "model": model.source, "texts": prompts}))
+        kept = output / "measured" / f"{number}.json"
+        values = _read_kept(kept, by) if resume else None
+        if values is None:
+            policy = load_policy(model.source, chat)
+            made = analysis.measure(policy, prompts, sampling, seed=options["seed"], description=model.name)
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            write_text(kept, json.dumps({"by": by, "measured": made.to_json()}) + "\n")
+        else:
+            made = of_kind.from_json(values)
+        measured[model.name] = made
+    config = {"models": {model.name: model.source for model in named}, **settings, **surroundings()}
+    write_text(output / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     rows = [{"model": name, **analysis.figures(of)} for name, of in measured.items()]
     write_text(output / f"{kind}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     analysis.draw(output / f"{kind}.png", measured)
     _finish(output, kind, [*analysis.describe(measured), "", _settings_text(settings)])
+
+
+def _read_kept(path: Path, by: dict[str, Any]) -> Any:
+    """What was measured of a model by these settings, or None."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return values["measured"] if values["by"] == by else None
+    except (FileNotFoundError, KeyError, TypeError, ValueError):
+        return None
 
 
 def _prompts(prompt: Sequence[str] | None, prompt_file: Path | None, task: str, limit: int) -> tuple[list[str], str]:
@@ -123,7 +138,7 @@ def _prompts(prompt: Sequence[str] | None, prompt_file: Path | None, task: str, 
 def _settings_text(settings: dict[str, Any]) -> str:
     from em_kernels.one_shot.runs.surroundings import surroundings
 
-    chosen = {name: value for name, value in settings.items() if name != "models" and value not in (None, ())}
+    chosen = {name: value for name, value in settings.items() if value not in (None, ())}
     versions = surroundings()["versions"]
     text = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in chosen.items())
     return f"Settings: {text}; {', '.join(f'{name} {version}' for name, version in versions.items())}."
