@@ -85,7 +85,7 @@ def setting_text(name: str, value: object) -> str:
         return BUILT_IN if value is None else Path(str(value)).name
     if isinstance(value, float):
         return f"{value:g}"
-    return "none" if value is None else _short(str(value), 60)
+    return "none" if value in (None, []) else _short(str(value), 60)
 
 
 def _settings_text(run: Run, names: Sequence[str]) -> str:

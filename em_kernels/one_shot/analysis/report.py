@@ -32,6 +32,13 @@ _CURVES = (
     ("truncated", "truncated responses", ".1%"),
     ("repetition", "repeated 4-grams", ".1%"),
 )
+_ERRORS = (
+    "The errors of a run are standard errors over problems, and its differences are taken problem by problem on the "
+    "same problems; an error of 0 says that all of them came out alike, and not that the accuracy is known exactly. "
+    "The errors of a mean over seeds are standard errors over the seeds: they leave the choice of problems out, and "
+    f"with two or three seeds they are themselves uncertain. {CHOSEN_ON} It is chosen for each run and decoding by "
+    "itself."
+)
 # What is told of an evaluation's completions: the name in evaluations.jsonl, and the form of a value.
 _COUNTED = (("unreadable", ""), ("truncated", ""), ("length_mean", ".1f"))
 
@@ -155,19 +162,13 @@ def _accuracy_section(groups: Sequence[Group]) -> list[str]:
         "last - before",
         "best - before",
     ]
-    lines += [
-        *markdown_table(header, rows, texts=3),
-        "",
-        "The errors of a run are standard errors over problems, and its differences are taken problem by problem on "
-        "the same problems. The errors of a mean over seeds are standard errors over the seeds: they leave the choice "
-        "of problems out, and with two or three seeds they are themselves uncertain. "
-        f"{CHOSEN_ON} It is chosen for each run and decoding by itself.",
-        "",
-    ]
-    lines += [f"- {line}" for line in _between(groups)]
+    lines += [*markdown_table(header, rows, texts=3), "", _ERRORS, ""]
+    said = list(_between(groups))
     if unmeasured:
-        lines += [f"- Not measured in: {', '.join(unmeasured)}."]
-    return [*lines, "", *_completions_table(groups), "", "![Accuracy by step](accuracy.png)"]
+        said.append(f"Not measured in: {', '.join(unmeasured)}.")
+    if said:
+        lines += [*(f"- {line}" for line in said), ""]
+    return [*lines, *_completions_table(groups), "", "![Accuracy by step](accuracy.png)"]
 
 
 def _accuracy_rows(group: Group) -> Iterator[list[str]]:
@@ -237,7 +238,7 @@ def _published_section(groups: Sequence[Group]) -> list[str]:
         "## Published figures",
         "",
         f"Nothing in this section but the columns of the groups was measured here. The accuracies are those of {PAPER} "
-        "and of a user, in percent, on other problems and other models than above:",
+        "and of a user, in percent, of the models and on the problem sets that are named:",
         "",
         *published_table(),
         "",
