@@ -61,13 +61,17 @@ def _add_output(parser: Any, name: str) -> None:
 
 def _steps(kind: str, runs: Sequence[Path], output: Path) -> None:
     import_quietly()
+    from em_kernels.one_shot.analysis.accuracies import BUILT_IN_NOTE
     from em_kernels.one_shot.analysis.runs import read_runs
     from em_kernels.one_shot.analysis.steps import describe_steps, draw_steps
 
     read = read_runs(runs)
     output.mkdir(parents=True, exist_ok=True)
     draw_steps(output / "steps.png", read)
-    _finish(output, "steps", [line for run in read for line in (*describe_steps(run), "")])
+    lines = [line for run in read for line in (*describe_steps(run), "")]
+    if any(run.config.get("model") is None for run in read):
+        lines.append(BUILT_IN_NOTE)
+    _finish(output, "steps", lines)
 
 
 def _models(kind: str, models: Sequence[str], output: Path, resume: bool, **options: Any) -> None:
