@@ -171,7 +171,7 @@ class _Loop:
                 "kl": estimate_kl(self.policy, reference),
                 "gradient_norm": norm,
                 **({} if moved is None else {"update_norm": moved}),
-                "learning_rate": self.optimizer.param_groups[0]["lr"],
+                "learning_rate": float(self.optimizer.param_groups[0]["lr"]),
                 "seconds_generating": round(generated - started, 3),
                 "seconds_training": round(time.perf_counter() - generated, 3),
                 "peak_memory_gb": round(peak_bytes(self.accelerator.device) / 1e9, 3),
