@@ -76,7 +76,7 @@ def read_run(path: Path) -> Run:
         path=path,
         config=settings,
         surroundings=surroundings,
-        metrics=_rows(path / "metrics.jsonl", numbers=("step", "loss", "entropy"), texts=()),
+        metrics=_rows(path / "metrics.jsonl", numbers=("step", "loss", "entropy", "decided"), texts=()),
         evaluations=_rows(
             path / "evaluations.jsonl",
             numbers=("step", "accuracy", "standard_error", "problems"),

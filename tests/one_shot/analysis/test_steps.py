@@ -29,6 +29,11 @@ def test_the_best_step_is_said_to_be_chosen_on_what_it_is_shown_on(tmp_path: Pat
     assert "chosen on the problems that it is shown on" in text
 
 
+def test_of_several_best_steps_the_earliest_is_named(tmp_path: Path) -> None:
+    text = "\n".join(describe_steps(read_run(write_run(tmp_path / "run", verdicts={**_RIGHT, 4: _RIGHT[2]}))))
+    assert "highest after step 2 (75.0% ± 16.4%); after step 4, the last step measured, it is 75.0%" in text
+
+
 def test_accuracy_that_only_fell_was_highest_before_training(tmp_path: Path) -> None:
     text = "\n".join(describe_steps(read_run(write_run(tmp_path / "run", verdicts={0: [True] * 2, 4: [False] * 2}))))
     assert "highest before training (100.0% ± 0.0%)" in text
