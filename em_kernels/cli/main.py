@@ -20,7 +20,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status.
 
     The status is 2 for an error that the user can do something about, printed as one line, and 1 if runs of a sweep
-    have failed. After Ctrl-C it is 130, and after SIGTERM, by which batch systems end a job before they requeue it, 143.
+    have failed. After Ctrl-C it is 130, and after SIGTERM, by which batch systems end a job before they requeue it,
+    143.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if arguments[:1] == ["bench"]:  # The benchmarks parse their options and print their help themselves.
@@ -44,11 +45,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         resume = f"; go on with: em-kernels {shlex.join(again)}" if command in _RESUMABLE else ""
         print(f"\nem-kernels {command}: interrupted{resume}", file=sys.stderr)
         return 128 + (interrupt.signum if isinstance(interrupt, Interrupted) else signal.SIGINT)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from em_kernels.cli import train
-from em_kernels.cli.shared import Parser, import_quietly
+from em_kernels.cli.shared import Parser
 from em_kernels.one_shot.config import TrainConfig
 from em_kernels.one_shot.errors import UsageError
 

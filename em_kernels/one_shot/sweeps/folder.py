@@ -23,7 +23,6 @@ from em_kernels.one_shot.runs.folder import RunFolder
 from em_kernels.one_shot.runs.lock import is_lock
 from em_kernels.one_shot.sweeps.grid import Grid, combinations, run_name
 
-
 ConfigOf = Callable[[Mapping[str, Any]], TrainConfig]
 
 
