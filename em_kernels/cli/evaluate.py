@@ -68,7 +68,13 @@ def _evaluate(
     folder = measurement.folder
     with measurement.drawn() as records:
         with Grader() as grader:
-            scores = score(records, ks=pass_at or [options["samples"]], same=grader.same)
+            scores = score(
+                records,
+                tasks=list(measurement.settings["tasks"]),
+                models=list(measurement.settings["models"]),
+                ks=pass_at or [options["samples"]],
+                same=grader.same,
+            )
         text = "\n".join(describe_comparison(scores, measurement.settings)) + "\n"
         draw_comparison(folder / "accuracy.png", scores)
         write_text(folder / "table.md", text)

@@ -5,13 +5,13 @@ import shlex
 import signal
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
-from em_kernels.cli import analyze, bench, evaluate, info, report, select, train
+from em_kernels.cli import analyze, bench, evaluate, info, report, select, sweep, train
+from em_kernels.cli.shared import Parser
 from em_kernels.one_shot.errors import UsageError
 from em_kernels.one_shot.interruption import Interrupted, Interruption
 
-_COMMANDS = (select, train, evaluate, analyze, report, bench, info)
+_COMMANDS = (select, train, evaluate, analyze, sweep, report, bench, info)
 # These keep what they have done and take --resume.
 _RESUMABLE = ("select", "train", "evaluate", "sweep")
 
@@ -19,17 +19,24 @@ _RESUMABLE = ("select", "train", "evaluate", "sweep")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status.
 
-    The status is 2 for an error that the user can do something about, printed as one line. After Ctrl-C it is 130, and
-    after SIGTERM, by which batch systems end a job before they requeue it, 143.
+    The status is 2 for an error that the user can do something about, printed as one line, and 1 if runs of a sweep
+    have failed. After Ctrl-C it is 130, and after SIGTERM, by which batch systems end a job before they requeue it,
+    143.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if arguments[:1] == ["bench"]:  # The benchmarks parse their options and print their help themselves.
         return bench.bench(arguments[1:])
-    options = vars(_parser().parse_args(arguments))
+    parser = _parser()
+    known, others = parser.parse_known_args(arguments)
+    options = vars(known)
     command, run = options.pop("command"), options.pop("run")
+    if "train_options" in options:
+        options["train_options"] = others
+    elif others:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
     try:
         with Interruption():
-            run(**options)
+            return run(**options) or 0
     except (UsageError, OSError) as error:
         print(f"em-kernels {command}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -38,16 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         resume = f"; go on with: em-kernels {shlex.join(again)}" if command in _RESUMABLE else ""
         print(f"\nem-kernels {command}: interrupted{resume}", file=sys.stderr)
         return 128 + (interrupt.signum if isinstance(interrupt, Interrupted) else signal.SIGINT)
-    return 0
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="em-kernels", description="Entropy minimisation of language models.")
+    parser = Parser(prog="em-kernels", description="Entropy minimisation of language models.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in _COMMANDS:
         command.add_parser(commands)

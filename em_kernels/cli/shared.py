@@ -1,10 +1,17 @@
-"""What several commands share: imports that a user may lack, and notes on standard error."""
+"""What several commands share: their parser, imports that a user may lack, and notes on standard error."""
 
+import argparse
 import importlib
 import os
 import sys
+from typing import NoReturn
 
 from em_kernels.one_shot.errors import UsageError
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
 def import_quietly() -> None:

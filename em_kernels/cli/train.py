@@ -8,7 +8,16 @@ from typing import Any
 
 from em_kernels.cli.chat import add_chat_options, chat_format
 from em_kernels.cli.shared import import_quietly, print_note
-from em_kernels.one_shot.config import AUTHORS_NOTES, AVERAGES, DTYPES, LOSSES, OPTIMIZERS, PRESETS, TRACKERS
+from em_kernels.one_shot.config import (
+    AUTHORS_NOTES,
+    AVERAGES,
+    DTYPES,
+    LOSSES,
+    OPTIMIZERS,
+    PRESETS,
+    TRACKERS,
+    TrainConfig,
+)
 
 
 def add_parser(commands: Any) -> None:
@@ -113,16 +122,16 @@ def _add_kept(kept: Any) -> None:
     kept.add_argument("--report-to", choices=TRACKERS, help="tracker beside metrics.jsonl (none)")
 
 
-def _train(
+def read_config(
     preset: str,
-    output: Path | None = None,
-    resume: bool = False,
-    quiet: bool = False,
-    state_every: int | None = None,
     prompt: Sequence[str] = (),
     prompt_file: Sequence[Path] = (),
+    system: str | None = None,
+    chat_template: str | None = None,
+    stop: Sequence[str] | None = None,
     **settings: Any,
-) -> None:
+) -> TrainConfig:
+    """The settings of a run, from the options that decide them."""
     from em_kernels.one_shot.data.prompts import read_prompts
 
     prompts = [*prompt, *(text for path in prompt_file for text in read_prompts(path, note=print_note))]
@@ -130,16 +139,25 @@ def _train(
         settings["prompts"] = tuple(prompts)
     if "stop_when" in settings:
         settings["stop_when"] = tuple(settings["stop_when"])
-    of_chat = {name: settings.pop(name) for name in ("system", "chat_template", "stop") if name in settings}
     config = dataclasses.replace(PRESETS[preset], **settings)
-
     import_quietly()
+    chat = chat_format(system, chat_template, stop)
+    return dataclasses.replace(config, system=chat.system, chat_template=chat.template, stop=chat.stop)
+
+
+def _train(
+    preset: str,
+    output: Path | None = None,
+    resume: bool = False,
+    quiet: bool = False,
+    state_every: int | None = None,
+    **settings: Any,
+) -> None:
+    config = read_config(preset, **settings)
     from em_kernels.one_shot.progress import be_quiet
     from em_kernels.one_shot.runs.folder import default_run_folder
     from em_kernels.one_shot.training import train
 
-    chat = chat_format(**{"system": None, "chat_template": None, "stop": None, **of_chat})
-    config = dataclasses.replace(config, system=chat.system, chat_template=chat.template, stop=chat.stop)
     if quiet:
         be_quiet()
     if preset == "authors":

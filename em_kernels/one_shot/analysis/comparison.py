@@ -19,7 +19,7 @@ def describe_comparison(scores: Sequence[Scores], settings: dict[str, Any]) -> l
     """The lines of a Markdown page: the scores, the differences from the first model, and the published figures.
 
     Args:
-        scores: the scores of every task, model and temperature.
+        scores: the scores of every task, model and temperature; the first is of the model to compare with.
         settings: the settings that the completions were drawn by, as `config.json` has them.
     """
     tasks = list(dict.fromkeys(one.task for one in scores))
@@ -57,7 +57,9 @@ def draw_comparison(target: Path, scores: Sequence[Scores]) -> None:
             low, high = ([m + sign * e for m, e in zip(mean, error, strict=True)] for sign in (-1, 1))
             axes.fill_between(at, low, high, color=colour(number), alpha=0.15, linewidth=0)
         axes.set_title(f"{task} ({len(own[0].by_problem)} problems)", loc="left", fontsize=10)
-        axes.set_ylim(bottom=0)
+        axes.set_xticks(sorted({one.temperature for one in scores}))
+        # Where nothing is right, the axis would have no extent.
+        axes.set_ylim(0, max(axes.get_ylim()[1], 5.0))
         axes.set_xlabel("temperature (0: most likely token)")
         axes.set_ylabel("accuracy, %")
     draw_legend(figure, panels[0])
@@ -82,7 +84,7 @@ def _table(scores: Sequence[Scores]) -> list[str]:
             str(one.unreadable),
             str(one.unfinished),
         ]
-        for one in _by_task(scores)
+        for one in scores
     ]
     blank = [""] * (len(header) - 4)
     means = [
@@ -114,7 +116,7 @@ def _differences(scores: Sequence[Scores]) -> list[str]:
     first = {(one.task, one.temperature): one for one in scores if one.model == scores[0].model}
     rows = []
     pairs: list[Scores] = []
-    for one in _by_task(scores):
+    for one in scores:
         base = first[one.task, one.temperature]
         if one.model != base.model:
             difference = paired_difference(base.by_problem, one.by_problem)
@@ -142,13 +144,6 @@ def _means(scores: Sequence[Scores], estimate: Callable[[Scores], Estimate]) -> 
         for cell, own in cells.items()
         if len(own) > 1
     }
-
-
-def _by_task(scores: Sequence[Scores]) -> list[Scores]:
-    """The scores with the models of a task and a temperature under each other."""
-    tasks = list(dict.fromkeys(one.task for one in scores))
-    models = list(dict.fromkeys(one.model for one in scores))
-    return sorted(scores, key=lambda one: (tasks.index(one.task), one.temperature, models.index(one.model)))
 
 
 def _contents(settings: dict[str, Any]) -> list[str]:

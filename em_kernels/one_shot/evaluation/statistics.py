@@ -21,6 +21,15 @@ class Estimate:
         return abs(self.mean) > 1.96 * self.standard_error
 
 
+def mean_of(values: Sequence[float]) -> Estimate:
+    """The mean of independent values, at least one, with its standard error; that of a single value is NaN."""
+    mean = math.fsum(values) / len(values)
+    if len(values) == 1:
+        return Estimate(mean, math.nan)
+    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    return Estimate(mean, math.sqrt(variance / len(values)))
+
+
 def mean_over_problems(scores: Mapping[Hashable, Sequence[float]]) -> Estimate:
     """The mean score, with a standard error clustered by problem: that of the mean of the problems' own means.
 
@@ -37,7 +46,7 @@ def mean_over_problems(scores: Mapping[Hashable, Sequence[float]]) -> Estimate:
     if not scores or not all(scores.values()):
         raise ValueError(f"{len(scores)} problems, expected at least one, each with at least one score")
     means = [math.fsum(values) / len(values) for values in scores.values()]
-    return _mean(means)
+    return mean_of(means)
 
 
 def paired_difference(
@@ -52,7 +61,7 @@ def paired_difference(
     """
     if first.keys() != second.keys() or not first:
         raise ValueError("the two are scores of different problems, expected the same problems, at least one")
-    return _mean(
+    return mean_of(
         [
             math.fsum(second[problem]) / len(second[problem]) - math.fsum(first[problem]) / len(first[problem])
             for problem in first
@@ -71,11 +80,3 @@ def pass_at_k(completions: int, right: int, k: int) -> float:
     if not 1 <= k <= completions:
         raise ValueError(f"k is {k}, expected 1 to the number of completions, {completions}")
     return 1 - math.comb(completions - right, k) / math.comb(completions, k)
-
-
-def _mean(values: Sequence[float]) -> Estimate:
-    mean = math.fsum(values) / len(values)
-    if len(values) == 1:
-        return Estimate(mean, math.nan)
-    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    return Estimate(mean, math.sqrt(variance / len(values)))

@@ -1,0 +1,84 @@
+"""A sweep on a Ray cluster of two workers, one of which is killed."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from train_process import train_processes, wait_for_end
+
+from em_kernels.cli import main
+
+ray = pytest.importorskip("ray")
+
+_STEPS = 10
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=80_000_000, log_to_driver=False)
+    yield ray.get_runtime_context().gcs_address
+    ray.shutdown()
+
+
+def _kill_worker(run: Path, sweep: subprocess.Popen[str]) -> psutil.Process:
+    """Kills the worker of a run in the middle of it, and returns the run's own process."""
+    metrics = run / "metrics.jsonl"
+    # The state of the first step is kept before the line of the second is written.
+    while not (metrics.exists() and metrics.read_text().count("\n") > 1):
+        assert sweep.poll() is None, sweep.communicate()
+        time.sleep(0.01)
+    [train] = train_processes(run)
+    worker = train.parent()
+    assert worker is not None
+    assert worker.name().startswith("ray::")
+    worker.kill()
+    return train
+
+
+@pytest.mark.slow
+def test_the_run_of_a_killed_worker_is_done_again(cluster: str, tiny_folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "s"
+    command = f"sweep --grid temperature=0.5,1 --grid seed=0:2 --output {output} --ray {cluster} --model {tiny_folder} "
+    command += f"--prompt 2+2? --steps {_STEPS} --batch-size 8 --max-new-tokens 32 --evaluation-size 0 --state-every 1"
+    killed = output / "runs" / "temperature=0.5,seed=1"
+    with subprocess.Popen(
+        [sys.executable, "-m", "em_kernels.cli", *command.split()],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    ) as sweep:
+        train = _kill_worker(killed, sweep)
+        wait_for_end(train)
+        assert not (killed / "checkpoint").exists()
+        told, said = sweep.communicate()
+    assert sweep.returncode == 0, said
+
+    rows = [json.loads(line) for line in (output / "table.jsonl").read_text().splitlines()]
+    assert [(row["temperature"], row["seed"], row["state"]) for row in rows] == [
+        (temperature, seed, "finished") for temperature in (0.5, 1.0) for seed in (0, 1)
+    ]
+    for row in rows:
+        metrics = (output / "runs" / row["run"] / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in metrics] == list(range(1, _STEPS + 1))
+        starts = (output / "logs" / f"{row['run']}.log").read_text().count("35,040 parameters")
+        assert starts == (2 if row["run"] == killed.name else 1)
+        for event in ("starts", "done in"):
+            assert told.count(f"{row['run']}  {event}") == 1
+    assert "Resuming after step" in (output / "logs" / f"{killed.name}.log").read_text()
+
+
+@pytest.mark.parametrize("address", ["ray://127.0.0.1:1", "127.0.0.1:1", "nowhere"])
+def test_no_cluster_is_one_line(address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["sweep", "--grid", "seed=0", "--output", str(tmp_path / "s"), "--ray", address]
+    assert main(arguments) == 2
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("em-kernels")]
+    assert f"--ray is '{address}', where no Ray cluster can be joined" in line
+    assert not (tmp_path / "s").exists()

@@ -1,0 +1,98 @@
+"""Whole sweeps of the tiny model, as a user starts them."""
+
+import json
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from train_process import train_processes, wait_for_end
+
+from em_kernels.cli import main
+
+_TRAIN = shlex.split("--prompt 2+2? --batch-size 2 --max-new-tokens 4 --evaluation-size 0 --learning-rate 1e-3")
+
+
+def _start(*arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "em_kernels.cli", "sweep", *arguments, *_TRAIN]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def _rows(sweep: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (sweep / "table.jsonl").read_text().splitlines()]
+
+
+def _steps(run: Path) -> list[int]:
+    metrics = run / "metrics.jsonl"
+    return [json.loads(line)["step"] for line in metrics.read_text().splitlines()] if metrics.exists() else []
+
+
+def _wait(until: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    while not until():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_a_failed_run_stops_no_other_and_is_named(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep, late = tmp_path / "s", tmp_path / "late"
+    grid = ["sweep", "--grid", f"model={late},{tiny_folder}", "--output", str(sweep), "--steps", "2", *_TRAIN]
+    assert main([*grid, "--jobs", "2"]) == 1
+    told = capsys.readouterr().out
+    bad, good = _rows(sweep)
+    assert (bad["state"], good["state"], good["steps"]) == ("failed", "finished", 2)
+    lines = told.splitlines()
+    assert sum(line.endswith("starts") for line in lines) == 2
+    [done] = [line for line in lines if "  done in " in line]
+    assert done.startswith(f"2 of 2  {good['run']}  done in")
+    assert done.endswith(f"loss {good['loss']:.4f}")
+    assert lines[-1].startswith(f"failed: {bad['run']}: em-kernels train: error: model '{late}' cannot be loaded")
+    assert str(sweep / "logs" / f"{bad['run']}.log") in lines[-1]
+    assert (sweep / "table.md").read_text() in told
+    # A finished run of a sweep takes no further steps, and its state is three times the model.
+    assert not list((sweep / "runs").glob("*/state-*"))
+
+    # What is finished is not run again.
+    shutil.copytree(tiny_folder, late)
+    assert main([*grid, "--resume"]) == 0
+    started = [line for line in capsys.readouterr().out.splitlines() if line.endswith("starts")]
+    assert started == [f"1 of 2  {bad['run']}  starts"]
+    assert [row["state"] for row in _rows(sweep)] == ["finished", "finished"]
+
+
+@pytest.mark.slow
+def test_an_interrupted_sweep_ends_its_runs_and_says_how_to_go_on(tiny_folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "s" / "runs" / "seed=3"
+    arguments = ["--grid", "seed=3", "--output", str(tmp_path / "s"), "--model", str(tiny_folder), "--steps", "3000"]
+    sweep = _start(*arguments)
+    _wait(lambda: bool(_steps(run)), sweep)
+    [train] = train_processes(run)
+    sweep.terminate()
+    _, said = sweep.communicate()
+    assert sweep.returncode == 128 + signal.SIGTERM, said
+    *_, ending, last = filter(None, said.splitlines())
+    assert ending == "ending 1 runs, each after its step"
+    assert last.startswith("em-kernels sweep: interrupted; go on with: em-kernels sweep --grid seed=3 ")
+    assert last.endswith(" --resume")
+    wait_for_end(train)
+    # The run has kept the state of its last step, and was not killed.
+    assert (run / f"state-{_steps(run)[-1]}").is_dir()
+    assert "interrupted" in (tmp_path / "s" / "logs" / "seed=3.log").read_text()
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_leaves_no_run_behind(tiny_folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "s" / "runs" / "seed=3"
+    sweep = _start("--grid", "seed=3", "--output", str(tmp_path / "s"), "--model", str(tiny_folder), "--steps", "3000")
+    _wait(lambda: bool(train_processes(run)), sweep)
+    [train] = train_processes(run)
+    sweep.kill()
+    sweep.communicate()
+    wait_for_end(train)
