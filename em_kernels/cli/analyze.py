@@ -77,6 +77,7 @@ def _steps(kind: str, runs: Sequence[Path], output: Path) -> None:
 def _models(kind: str, models: Sequence[str], output: Path, resume: bool, **options: Any) -> None:
     import_quietly()
     from em_kernels.one_shot.analysis import logits, tokens
+    from em_kernels.one_shot.analysis.accuracies import BUILT_IN_NOTE
     from em_kernels.one_shot.analysis.generated import load_policy
     from em_kernels.one_shot.evaluation.models import find_models
     from em_kernels.one_shot.policy.sampling import Sampling
@@ -110,7 +111,8 @@ def _models(kind: str, models: Sequence[str], output: Path, resume: bool, **opti
     rows = [{"model": name, **analysis.figures(of)} for name, of in measured.items()]
     write_text(output / f"{kind}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     analysis.draw(output / f"{kind}.png", measured)
-    _finish(output, kind, [*analysis.describe(measured), "", _settings_text(settings)])
+    about = ["", BUILT_IN_NOTE] if any(model.source is None for model in named) else []
+    _finish(output, kind, [*analysis.describe(measured), "", _settings_text(settings), *about])
 
 
 def _read_kept(path: Path, by: dict[str, Any]) -> Any:
@@ -143,6 +145,8 @@ def _settings_text(settings: dict[str, Any]) -> str:
     from em_kernels.one_shot.runs.surroundings import surroundings
 
     chosen = {name: value for name, value in settings.items() if value not in (None, ())}
+    if len(str(chosen.get("template", ""))) > 60:
+        chosen["template"] = "as in config.json"
     versions = surroundings()["versions"]
     text = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in chosen.items())
     return f"Settings: {text}; {', '.join(f'{name} {version}' for name, version in versions.items())}."

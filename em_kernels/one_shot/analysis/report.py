@@ -92,7 +92,9 @@ def _runs_section(groups: Sequence[Group], runs: Sequence[Run]) -> list[str]:
 def _state(run: Run) -> str:
     steps = run.config.get("steps")
     state = f"{len(run.metrics)} of {steps} steps" if len(run.metrics) != steps else f"{steps} steps"
-    return state if run.finished else f"{state}, unfinished"
+    if not run.finished:
+        return f"{state}, unfinished"
+    return state if len(run.metrics) == steps else f"{state}, ended by a rule"
 
 
 def _settings_section(groups: Sequence[Group]) -> list[str]:

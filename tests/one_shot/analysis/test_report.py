@@ -78,6 +78,8 @@ def test_unlike_versions_unfinished_and_unmeasured_runs_are_said(tmp_path: Path)
     assert "Versions that are not the same in all runs" in page
     assert _cells(page, "torch")[0] == ["torch", "2.9", "2.13", "2.9"]
     assert "1 of 4 steps, unfinished" in page
+    stopped = write_run(tmp_path / "stopped", rows=[metrics_row(1)], stop_when=("loss<0.5",))
+    assert "1 of 4 steps, ended by a rule" in _page(stopped)
     assert "- Not measured in: cut, empty." in page
     assert "No run has finished a step" in _page(empty)
     assert "No run has measured its accuracy" in _page(empty)
