@@ -88,18 +88,21 @@ class Measurement:
     resume: bool
 
     @contextmanager
-    def drawn(self) -> "Iterator[list[Record]]":
-        """Draws and grades the completions, and yields their records; holds the folder until the block ends."""
+    def drawn(self) -> "Iterator[tuple[list[Record], dict[str, Any]]]":
+        """Draws and grades the completions, and yields their records, with what the folder's config.json says.
+
+        The folder is held until the block ends.
+        """
         from em_kernels.one_shot.evaluation.folder import COMPLETIONS, output_folder
         from em_kernels.one_shot.evaluation.measure import measure
         from em_kernels.one_shot.evaluation.records import read_records
         from em_kernels.one_shot.runs.surroundings import surroundings
 
         path = self.folder / COMPLETIONS
-        with output_folder(self.folder, self.settings, surroundings(), resume=self.resume):
+        with output_folder(self.folder, self.settings, surroundings(), resume=self.resume) as config:
             for model in self.models:
                 measure(functools.partial(self.load, model), model.name, self.plan, path)
-            yield read_records(path)
+            yield read_records(path), config
 
 
 def plan_measurement(
@@ -142,8 +145,8 @@ def plan_measurement(
         **{name: options[name] for name in names},
         "seed": plan.seed,
         **dataclasses.asdict(chat),
-        "on a server": options["endpoint"] is not None,
-        "dtype": options["dtype"],
+        # A server has a dtype of its own.
+        "dtype": options["dtype"] if options["endpoint"] is None else "of the server",
     }
     return Measurement(
         plan,

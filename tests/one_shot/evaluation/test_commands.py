@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hostile_server import HostileServer, answering, completion, ending, hostile_server
 
+from em_kernels import __version__
 from em_kernels.cli import main
 from em_kernels.one_shot.evaluation.engines import server as server_module
 from em_kernels.one_shot.evaluation.records import Record, read_records
@@ -66,6 +67,8 @@ def test_models_are_measured_on_the_same_draws(tmp_path: Path, capsys: pytest.Ca
         mean = sum(r.verdict == "right" for r in own) / len(own)
         assert re.search(rf"^\| sums +\| {model} +\| 0\.7 +\| +{100 * mean:.1f}% ± [\d.]+% \|", table, re.MULTILINE)
     assert "mean of the tasks" in table
+    assert "- task sums: 4 problems, SHA-256 " in table
+    assert f"em_kernels {__version__}, python " in table
     assert "All completions of each problem are the same" not in table
     assert "| Qwen2.5-Math-7B" in table
     assert "135M" not in table
