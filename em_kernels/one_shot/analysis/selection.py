@@ -40,8 +40,8 @@ def describe_selection(ranked: Sequence[Candidate], by: str) -> list[str]:
         *markdown_table(["task", "problem", "question", "p", "variance"], rows, texts=3),
         "",
         f"p is the share of {_SHARE[by]} among {len(ranked[0].successes)}; the variance is that of one completion's "
-        f"success, and its standard error stands after ±. It is above 0 for {varying} of {len(ranked)} problems. By "
-        f"these errors, {len(as_good)} other problems may vary as much as the first.",
+        f"success, and its standard error stands after ±. It is above 0 for {varying} of {len(ranked)} problems. "
+        f"Others that may vary as much as the first, by these errors: {len(as_good)}.",
     ]
 
 

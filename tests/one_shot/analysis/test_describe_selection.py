@@ -15,7 +15,7 @@ def test_the_first_are_shown_and_how_many_are_as_good() -> None:
     assert "0.267 ± " in lines[2]
     assert lines[-1].startswith("p is the share of right completions among 16;")
     assert lines[-1].endswith(
-        "above 0 for 3 of 4 problems. By these errors, 1 other problems may vary as much as the first."
+        "above 0 for 3 of 4 problems. Others that may vary as much as the first, by these errors: 1."
     )
 
 
@@ -23,4 +23,4 @@ def test_no_more_than_ten_are_shown() -> None:
     lines = describe_selection([_candidate(i, 4) for i in range(12)], "agreement")
     assert len([line for line in lines if line.startswith("| t ")]) == 10
     assert "agree with the majority among 16" in lines[-1]
-    assert "By these errors, 11 other problems" in lines[-1]
+    assert lines[-1].endswith("by these errors: 11.")
