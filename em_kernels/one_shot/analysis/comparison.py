@@ -15,13 +15,14 @@ from em_kernels.one_shot.evaluation.statistics import Estimate, paired_differenc
 _MEAN = "mean of the tasks"
 
 
-def describe_comparison(scores: Sequence[Scores], settings: dict[str, Any]) -> list[str]:
+def describe_comparison(scores: Sequence[Scores], config: dict[str, Any]) -> list[str]:
     """The lines of a Markdown page: the scores, the differences from the first model, and the published figures.
 
     Args:
         scores: the scores of every task, model and temperature; the first is of the model to compare with.
-        settings: the settings that the completions were drawn by, as `config.json` has them.
+        config: the settings that the completions were drawn by, and the versions, as `config.json` has them.
     """
+    settings = config["settings"]
     tasks = list(dict.fromkeys(one.task for one in scores))
     lines = ["# Accuracy", "", *_table(scores), "", *_explanation(scores)]
     if None in settings["models"].values():
@@ -31,8 +32,7 @@ def describe_comparison(scores: Sequence[Scores], settings: dict[str, Any]) -> l
     published = published_table(tasks)
     if published:
         lines += ["", "## Published, not measured here", "", *published]
-    shown = (f"{name} {value!r}" for name, value in settings.items() if name not in ("models", "tasks"))
-    return [*lines, "", "## Settings", "", f"{', '.join(shown)}.", *_contents(settings)]
+    return [*lines, "", "## Settings", "", *_settings(config)]
 
 
 def draw_comparison(target: Path, scores: Sequence[Scores]) -> None:
@@ -62,7 +62,7 @@ def draw_comparison(target: Path, scores: Sequence[Scores]) -> None:
         axes.set_ylim(0, max(axes.get_ylim()[1], 5.0))
         axes.set_xlabel("temperature (0: most likely token)")
         axes.set_ylabel("accuracy, %")
-    draw_legend(figure, panels[0])
+    draw_legend(figure, panels[0], columns=columns)
     save_figure(figure, target)
 
 
@@ -146,9 +146,16 @@ def _means(scores: Sequence[Scores], estimate: Callable[[Scores], Estimate]) -> 
     }
 
 
-def _contents(settings: dict[str, Any]) -> list[str]:
-    models = [f"- model {name}: {source or 'SmolLM2-135M-Instruct'}" for name, source in settings["models"].items()]
-    return ["", *models, *(f"- task {name}: {contents}" for name, contents in settings["tasks"].items())]
+def _settings(config: dict[str, Any]) -> list[str]:
+    settings = config["settings"]
+    shown = [f"{name} {value!r}" for name, value in settings.items() if name not in ("models", "tasks")]
+    versions = [f"{name} {version}" for name, version in config["versions"].items()]
+    return [
+        *(f"- model {name}: {source or 'SmolLM2-135M-Instruct'}" for name, source in settings["models"].items()),
+        *(f"- task {name}: {contents}" for name, contents in settings["tasks"].items()),
+        f"- {', '.join(shown)}",
+        f"- {', '.join(versions)}, {config['device']}",
+    ]
 
 
 def _temperature(value: float) -> str:

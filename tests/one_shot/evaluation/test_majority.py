@@ -43,5 +43,5 @@ def test_other_answers_are_compared_as_the_grader_compares() -> None:
 
 
 def test_right_and_wrong_answers_are_different() -> None:
-    votes = [Vote("12.7", "wrong"), Vote("12.699", "right"), Vote("12.7", "wrong")]
+    votes = [Vote("12.7", "wrong"), Vote("8\\sqrt[3]{4}", "right"), Vote("127/10", "wrong"), Vote("12.7", "right")]
     assert majority(votes, lambda answer, other: True) == [0, 2]
