@@ -226,10 +226,14 @@ def test_tensorboard(tiny_config: TrainConfig, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    train(dataclasses.replace(tiny_config, report_to="tensorboard", evaluation_size=0), tmp_path / "run")
+    train(dataclasses.replace(tiny_config, report_to="tensorboard"), tmp_path / "run")
     events = EventAccumulator(str(tmp_path / "run" / "em_kernels")).Reload()
-    losses = [(event.step, event.value) for event in events.Scalars("loss")]
-    assert losses == [(row["step"], pytest.approx(row["loss"])) for row in _metrics(tmp_path / "run")]
+    rows = _metrics(tmp_path / "run")
+    for name in rows[0].keys() - {"step"}:
+        values = [(event.step, event.value) for event in events.Scalars(name)]
+        assert values == [(row["step"], pytest.approx(row[name], abs=1e-6)) for row in rows]
+    [before, after] = [(event.step, event.value) for event in events.Scalars("accuracy_sampled")]
+    assert (before[0], after[0]) == (0, 3)
 
 
 def _killed(config: TrainConfig, output: Path, patch: str) -> None:
