@@ -160,6 +160,7 @@ def _train(
 
     if quiet:
         be_quiet()
+        transformers.logging.disable_progress_bar()
     if preset == "authors":
         for note in AUTHORS_NOTES:
             print_note(note)

@@ -414,6 +414,18 @@ def test_a_state_is_kept_at_least_every_so_many_steps(tiny_config: TrainConfig, 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(("share", "kept"), [(1e-9, [1, 3]), (1e9, [1, 2, 3])], ids=["long to write", "fast to write"])
+def test_states_are_kept_as_often_as_takes_a_share_of_the_time(
+    tiny_config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float, kept: list[int]
+) -> None:
+    steps: list[int] = []
+    keep_state = RunFolder.keep_state
+    monkeypatch.setattr(RunFolder, "keep_state", lambda run, step: (steps.append(step), keep_state(run, step)))
+    monkeypatch.setattr(training, "_WRITING_SHARE", share)
+    train(dataclasses.replace(tiny_config, evaluation_size=0), tmp_path / "run")
+    assert steps == kept
+
+
 def test_other_settings_cannot_resume(finished: tuple[TrainConfig, Path]) -> None:
     config, output = finished
     with pytest.raises(UsageError, match=r"other settings: learning_rate: 0.003, not 1; seed: 0, not 1$"):
