@@ -154,6 +154,8 @@ def _train(
     **settings: Any,
 ) -> None:
     config = read_config(preset, **settings)
+    import transformers
+
     from em_kernels.one_shot.progress import be_quiet
     from em_kernels.one_shot.runs.folder import default_run_folder
     from em_kernels.one_shot.training import train
