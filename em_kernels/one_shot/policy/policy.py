@@ -99,7 +99,7 @@ class Policy:
         """Draws as `sample` does, after prompts that are token ids."""
         check_context(self.model, max(len(ids) for ids in prompts), sampling.max_new_tokens)
         batch = [Completion(ids, random.Random(derive_seed(seed, i))) for i, ids in enumerate(prompts)]
-        with progress(sampling.max_new_tokens, description, "token", show=show_progress) as bar:
+        with progress(sampling.max_new_tokens, description, "tokens", show=show_progress) as bar:
             decoding = self._decoding(sampling)
             # Entered here, autocast converts the weights once, and not every few tokens.
             with self.computing():
@@ -135,7 +135,7 @@ class Policy:
         decoding = self._decoding(sampling)
         total = len(requests) if isinstance(requests, Sized) else None
         completions = (self._begin(request, sampling) for request in requests)
-        with progress(total, description, "completion", show=show_progress) as bar:
+        with progress(total, description, "completions", show=show_progress) as bar:
             for completion in finish(decoding, completions, at_once, lambda _: None):
                 bar.update(1)
                 text = decoding.stops.text(completion.ids)
