@@ -20,7 +20,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status.
 
     The status is 2 for an error that the user can do something about, printed as one line, and 1 if runs of a sweep
-    failed. After Ctrl-C it is 130, and after SIGTERM, by which batch systems end a job before they requeue it, 143.
+    have failed. After Ctrl-C it is 130, and after SIGTERM, by which batch systems end a job before they requeue it,
+    143.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if arguments[:1] == ["bench"]:  # The benchmarks parse their options and print their help themselves.

@@ -160,6 +160,8 @@ class _Loop:
         )
         # From here on the parameters are neither those of the step before nor, until the end, those of this one.
         with self.interruption.held():
+            # Stochastic rounding draws alike on every process and after an interruption.
+            torch.manual_seed(derive_seed(config.seed, step))
             norm = sharding.take_step(self.accelerator, self.policy.prepared, self.optimizer, config.max_grad_norm)
             if not math.isfinite(norm):
                 raise UsageError(f"the gradient's norm is {norm}: the model has diverged, lower the learning rate")

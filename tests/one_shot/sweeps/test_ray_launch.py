@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from train_process import train_process, wait_for_end
+from train_process import train_processes, wait_for_end
 
 from em_kernels.cli import main
 
@@ -34,7 +34,7 @@ def _kill_worker(run: Path, sweep: subprocess.Popen[str]) -> psutil.Process:
     while not (metrics.exists() and metrics.read_text().count("\n") > 1):
         assert sweep.poll() is None, sweep.communicate()
         time.sleep(0.01)
-    train = train_process(run)
+    [train] = train_processes(run)
     worker = train.parent()
     assert worker is not None
     assert worker.name().startswith("ray::")

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from train_process import train_process, wait_for_end
+from train_process import train_processes, wait_for_end
 
 from em_kernels.cli import main
 
@@ -41,8 +42,8 @@ def _wait(until: Callable[[], bool], process: subprocess.Popen[str]) -> None:
 def test_a_failed_run_stops_no_other_and_is_named(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sweep = tmp_path / "s"
-    grid = ["sweep", "--grid", f"model=/nowhere/m,{tiny_folder}", "--output", str(sweep), "--steps", "2", *_TRAIN]
+    sweep, late = tmp_path / "s", tmp_path / "late"
+    grid = ["sweep", "--grid", f"model={late},{tiny_folder}", "--output", str(sweep), "--steps", "2", *_TRAIN]
     assert main([*grid, "--jobs", "2"]) == 1
     told = capsys.readouterr().out
     bad, good = _rows(sweep)
@@ -52,14 +53,18 @@ def test_a_failed_run_stops_no_other_and_is_named(
     [done] = [line for line in lines if "  done in " in line]
     assert done.startswith(f"2 of 2  {good['run']}  done in")
     assert done.endswith(f"loss {good['loss']:.4f}")
-    assert lines[-1].startswith(f"failed: {bad['run']}: em-kernels train: error: model '/nowhere/m' cannot be loaded")
+    assert lines[-1].startswith(f"failed: {bad['run']}: em-kernels train: error: model '{late}' cannot be loaded")
     assert str(sweep / "logs" / f"{bad['run']}.log") in lines[-1]
     assert (sweep / "table.md").read_text() in told
+    # A finished run of a sweep takes no further steps, and its state is three times the model.
+    assert not list((sweep / "runs").glob("*/state-*"))
 
     # What is finished is not run again.
-    assert main(["sweep", "--grid", f"model={tiny_folder}", *grid[3:], "--resume"]) == 1
+    shutil.copytree(tiny_folder, late)
+    assert main([*grid, "--resume"]) == 0
     started = [line for line in capsys.readouterr().out.splitlines() if line.endswith("starts")]
     assert started == [f"1 of 2  {bad['run']}  starts"]
+    assert [row["state"] for row in _rows(sweep)] == ["finished", "finished"]
 
 
 @pytest.mark.slow
@@ -68,7 +73,7 @@ def test_an_interrupted_sweep_ends_its_runs_and_says_how_to_go_on(tiny_folder: P
     arguments = ["--grid", "seed=3", "--output", str(tmp_path / "s"), "--model", str(tiny_folder), "--steps", "3000"]
     sweep = _start(*arguments)
     _wait(lambda: bool(_steps(run)), sweep)
-    train = train_process(run)
+    [train] = train_processes(run)
     sweep.terminate()
     _, said = sweep.communicate()
     assert sweep.returncode == 128 + signal.SIGTERM, said
@@ -86,8 +91,8 @@ def test_an_interrupted_sweep_ends_its_runs_and_says_how_to_go_on(tiny_folder: P
 def test_a_killed_sweep_leaves_no_run_behind(tiny_folder: Path, tmp_path: Path) -> None:
     run = tmp_path / "s" / "runs" / "seed=3"
     sweep = _start("--grid", "seed=3", "--output", str(tmp_path / "s"), "--model", str(tiny_folder), "--steps", "3000")
-    _wait(run.exists, sweep)
-    train = train_process(run)
+    _wait(lambda: bool(train_processes(run)), sweep)
+    [train] = train_processes(run)
     sweep.kill()
     sweep.communicate()
     wait_for_end(train)

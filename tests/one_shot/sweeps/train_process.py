@@ -1,4 +1,4 @@
-"""The process of one run of a sweep."""
+"""The process of a run of a sweep, as the system lists it."""
 
 import time
 from pathlib import Path
@@ -6,9 +6,8 @@ from pathlib import Path
 import psutil
 
 
-def train_process(run: Path) -> psutil.Process:
-    [process] = [process for process in psutil.process_iter(["cmdline"]) if str(run) in (process.info["cmdline"] or [])]
-    return process
+def train_processes(run: Path) -> list[psutil.Process]:
+    return [process for process in psutil.process_iter(["cmdline"]) if str(run) in (process.info["cmdline"] or [])]
 
 
 def wait_for_end(process: psutil.Process) -> None:
