@@ -20,7 +20,8 @@ from em_kernels.one_shot.policy import cache as rows_of
 from em_kernels.one_shot.policy.completion import Completion, Decoding, padded, seen_tokens
 from em_kernels.one_shot.policy.sampling import draw
 
-# Between two looks at which completions have ended; until the second look, those that have are carried along.
+# Between two looks at which completions have ended; until the second look, those that have are carried along. With the
+# built-in model and 8 places, 16 word problems took 25.0 CPU seconds at 1, 24.5 at 4, 24.1 at 8 and 25.2 at 16.
 _STEPS = 8
 # Prompts of more tokens than this together are taken in parts, because their activations are large.
 _PREFILL_TOKENS = 4096

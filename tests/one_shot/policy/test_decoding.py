@@ -142,12 +142,29 @@ def test_long_prompts_are_read_in_parts(
     assert read == [(1, 12), (1, 28), (2, 12), (2, 20), (2, 12)]
 
 
+def test_no_places(policy: Policy) -> None:
+    with pytest.raises(UsageError, match="at_once is 0, expected an integer of at least 1"):
+        _complete(policy, Sampling(None, 4), 0)
+
+
 @pytest.mark.parametrize("temperature", [None, 1.0])
 def test_diverged_model_is_an_error(policy: Policy, temperature: float | None) -> None:
     with torch.no_grad():
         policy.model.model.norm.weight.fill_(torch.nan)
     with pytest.raises(UsageError, match="the model's logits are not finite"):
         policy.sample(["1+1?"], Sampling(temperature, 4), seed=0, description="", show_progress=False)
+
+
+def test_without_end_tokens_every_completion_has_the_greatest_length(policy: Policy) -> None:
+    policy.model.generation_config.eos_token_id = policy.tokenizer.eos_token = None
+    policy.tokenizer.chat_template = "{{ messages[0].content }}"
+    for model in (policy.model, tiny_architecture("phi3")):
+        model.generation_config.eos_token_id = None
+        endless = Policy(model, policy.tokenizer)
+        rollout = endless.sample(PROMPTS, Sampling(None, 30), seed=0, description="", show_progress=False)
+        assert rollout.truncated.all()
+        assert rollout.completion_mask.all()
+        assert rollout.completion_mask.shape == (len(PROMPTS), 30)
 
 
 def test_code_that_is_not_transformers_own_completes_by_generate(policy: Policy) -> None:
