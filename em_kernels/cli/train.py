@@ -154,12 +154,15 @@ def _train(
     **settings: Any,
 ) -> None:
     config = read_config(preset, **settings)
+    import transformers
+
     from em_kernels.one_shot.progress import be_quiet
     from em_kernels.one_shot.runs.folder import default_run_folder
     from em_kernels.one_shot.training import train
 
     if quiet:
         be_quiet()
+        transformers.logging.disable_progress_bar()
     if preset == "authors":
         for note in AUTHORS_NOTES:
             print_note(note)

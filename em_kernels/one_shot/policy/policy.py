@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from em_kernels.models.head import OutputHead
-from em_kernels.one_shot.errors import UsageError
 from em_kernels.one_shot.policy.chat import OWN_TEMPLATE, ChatFormat, encode_prompts
 from em_kernels.one_shot.policy.completion import Completion, Decoding, check_context
 from em_kernels.one_shot.policy.generation import Generated, Request, finish
@@ -99,7 +98,7 @@ class Policy:
         """Draws as `sample` does, after prompts that are token ids."""
         check_context(self.model, max(len(ids) for ids in prompts), sampling.max_new_tokens)
         batch = [Completion(ids, random.Random(derive_seed(seed, i))) for i, ids in enumerate(prompts)]
-        with progress(sampling.max_new_tokens, description, "token", show=show_progress) as bar:
+        with progress(sampling.max_new_tokens, description, "tokens", show=show_progress) as bar:
             decoding = self._decoding(sampling)
             # Entered here, autocast converts the weights once, and not every few tokens.
             with self.computing():
@@ -128,14 +127,12 @@ class Policy:
             show_progress: whether to show a progress bar over the completions.
 
         Raises:
-            UsageError: `at_once` is below 1, or the request that is taken is one that `sample` refuses.
+            UsageError: as `sample`, when the request is taken.
         """
-        if at_once < 1:
-            raise UsageError(f"at_once is {at_once}, expected an integer of at least 1")
         decoding = self._decoding(sampling)
         total = len(requests) if isinstance(requests, Sized) else None
         completions = (self._begin(request, sampling) for request in requests)
-        with progress(total, description, "completion", show=show_progress) as bar:
+        with progress(total, description, "completions", show=show_progress) as bar:
             for completion in finish(decoding, completions, at_once, lambda _: None):
                 bar.update(1)
                 text = decoding.stops.text(completion.ids)
