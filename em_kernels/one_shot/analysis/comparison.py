@@ -5,17 +5,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from em_kernels.one_shot.analysis.accuracies import difference_text
+from em_kernels.one_shot.analysis.accuracies import BUILT_IN_NOTE, difference_text
 from em_kernels.one_shot.analysis.drawing import colour, draw_legend, new_axes, save_figure
 from em_kernels.one_shot.analysis.published import published_table
 from em_kernels.one_shot.analysis.tables import markdown_table
 from em_kernels.one_shot.evaluation.scores import Scores
 from em_kernels.one_shot.evaluation.statistics import Estimate, paired_difference
 
-_ABOUT_BUILT_IN = (
-    "The built-in model of 135M parameters answers 1 to 7 % of MAWPS, SVAMP and GSM8K, so with it a table shows that "
-    "the pieces work, and not what entropy minimisation gains."
-)
 _MEAN = "mean of the tasks"
 
 
@@ -30,7 +26,7 @@ def describe_comparison(scores: Sequence[Scores], config: dict[str, Any]) -> lis
     tasks = list(dict.fromkeys(one.task for one in scores))
     lines = ["# Accuracy", "", *_table(scores), "", *_explanation(scores)]
     if None in settings["models"].values():
-        lines += ["", _ABOUT_BUILT_IN]
+        lines += ["", BUILT_IN_NOTE]
     if len(settings["models"]) > 1:
         lines += ["", f"## Differences from {scores[0].model} on the same problems", "", *_differences(scores)]
     published = published_table(tasks)

@@ -136,7 +136,8 @@ class Policy:
             for completion in finish(decoding, completions, at_once, lambda _: None):
                 bar.update(1)
                 text = decoding.stops.text(completion.ids)
-                yield Generated(completion.key, text, len(completion.ids), not completion.ended)
+                truncated = not completion.ended
+                yield Generated(completion.key, text, len(completion.ids), truncated, completion.logprob)
 
     def texts(self, rollout: Rollout) -> list[str]:
         """The completions as text, without special tokens, up to the first of the texts that end a completion."""
