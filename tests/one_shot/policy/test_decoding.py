@@ -10,7 +10,9 @@ from em_kernels.one_shot.errors import UsageError
 from em_kernels.one_shot.policy import Policy, decoding
 from em_kernels.one_shot.policy.cache import rows_can_change
 from em_kernels.one_shot.policy.chat import ChatFormat, encode_prompts
-from em_kernels.one_shot.policy.generation import Generated, Request
+from em_kernels.one_shot.policy.completion import Completion
+from em_kernels.one_shot.policy.generation import Generated, Request, finish
+from em_kernels.one_shot.policy.rollout import join
 from em_kernels.one_shot.policy.sampling import Sampling, derive_seed, draw
 
 PROMPTS = ["1+1?", "a much longer prompt", "x", "1+1?", "a longer one", "three", "1+1?", "42"]
@@ -73,6 +75,20 @@ def widths(policy: Policy) -> list[tuple[int, int]]:
     seen: list[tuple[int, int]] = []
     policy.model.model.layers[0].register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape[:2])))
     return seen
+
+
+def test_log_probabilities_are_those_at_temperature_one_without_filters(policy: Policy) -> None:
+    sampling = Sampling(0.5, 12, top_k=5, repetition_penalty=1.2)
+    prompts = encode_prompts(policy.tokenizer, PROMPTS[:3], ChatFormat())
+    completions = [Completion(prompt, random.Random(i)) for i, prompt in enumerate(prompts)]
+    list(finish(policy._decoding(sampling), completions, 2, lambda _: None))
+    rollout = join(completions, 0, torch.device("cpu"))
+    with torch.no_grad():
+        logprobs = policy.completion_logits(rollout).log_softmax(dim=-1)
+    for completion, expected in zip(completions, logprobs, strict=True):
+        ids = torch.tensor(completion.ids)
+        assert completion.logprobs == pytest.approx(expected[range(len(ids)), ids].tolist(), abs=1e-4)
+        assert completion.logprob == pytest.approx(sum(completion.logprobs) / len(ids))
 
 
 def test_a_prompt_is_read_once_for_all_of_its_completions(policy: Policy, widths: list[tuple[int, int]]) -> None:
