@@ -85,14 +85,3 @@ def test_an_interrupted_sweep_ends_its_runs_and_says_how_to_go_on(tiny_folder: P
     # The run has kept the state of its last step, and was not killed.
     assert (run / f"state-{_steps(run)[-1]}").is_dir()
     assert "interrupted" in (tmp_path / "s" / "logs" / "seed=3.log").read_text()
-
-
-@pytest.mark.slow
-def test_a_killed_sweep_leaves_no_run_behind(tiny_folder: Path, tmp_path: Path) -> None:
-    run = tmp_path / "s" / "runs" / "seed=3"
-    sweep = _start("--grid", "seed=3", "--output", str(tmp_path / "s"), "--model", str(tiny_folder), "--steps", "3000")
-    _wait(lambda: bool(train_processes(run)), sweep)
-    [train] = train_processes(run)
-    sweep.kill()
-    sweep.communicate()
-    wait_for_end(train)
