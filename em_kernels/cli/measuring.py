@@ -28,6 +28,7 @@ def add_measuring_options(parser: Any, *, samples: int) -> None:
     """Adds the options of drawing completions; `samples` is the default of --samples."""
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="folder for what is written (a new one in runs/)")
     parser.add_argument("--resume", action="store_true", help="draw only the completions that the folder lacks")
+    parser.add_argument("--quiet", action="store_true", help="no progress on standard error")
     parser.add_argument("--limit", type=positive, metavar="N", help="problems from the start of each set (all)")
 
     draw = parser.add_argument_group("how completions are drawn")
@@ -120,8 +121,11 @@ def plan_measurement(
     from em_kernels.one_shot.evaluation.measure import Plan
     from em_kernels.one_shot.evaluation.models import find_models
     from em_kernels.one_shot.policy.sampling import Sampling
+    from em_kernels.one_shot.progress import be_quiet
     from em_kernels.one_shot.runs.folder import default_run_folder
 
+    if options["quiet"]:
+        be_quiet()
     named = [*models, *(options["model"] or ())]
     if options["endpoint"] is not None and not named:
         raise UsageError("--endpoint needs a model: the name that the server knows it by")

@@ -221,6 +221,11 @@ def restore_state(accelerator: Accelerator, prepared: Any, optimizer: Any, folde
 def _state(accelerator: Accelerator, prepared: Any, optimizer: Any) -> dict[str, Any]:
     """The live parameters, which a load overwrites in place, and a copy of the optimiser's state by parameter name."""
     model = accelerator.unwrap_model(prepared)
+    for module in model.modules():
+        # After a forward pass without a backward one, the outermost parameters are still whole, and others than the
+        # optimiser's.
+        if isinstance(module, FSDPModule):
+            module.reshard()
     return {
         "model": {name: p.detach() for name, p in model.named_parameters() if p.requires_grad},
         "optimizer": get_optimizer_state_dict(model, _unwrapped(optimizer)),

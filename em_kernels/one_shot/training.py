@@ -160,6 +160,8 @@ class _Loop:
         )
         # From here on the parameters are neither those of the step before nor, until the end, those of this one.
         with self.interruption.held():
+            # Stochastic rounding draws alike on every process and after an interruption.
+            torch.manual_seed(derive_seed(config.seed, step))
             norm = sharding.take_step(self.accelerator, self.policy.prepared, self.optimizer, config.max_grad_norm)
             if not math.isfinite(norm):
                 raise UsageError(f"the gradient's norm is {norm}: the model has diverged, lower the learning rate")
@@ -171,7 +173,7 @@ class _Loop:
                 "kl": estimate_kl(self.policy, reference),
                 "gradient_norm": norm,
                 **({} if moved is None else {"update_norm": moved}),
-                "learning_rate": self.optimizer.param_groups[0]["lr"],
+                "learning_rate": float(self.optimizer.param_groups[0]["lr"]),
                 "seconds_generating": round(generated - started, 3),
                 "seconds_training": round(time.perf_counter() - generated, 3),
                 "peak_memory_gb": round(peak_bytes(self.accelerator.device) / 1e9, 3),

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 
 import pytest
 
@@ -10,6 +11,13 @@ def test_paper_preset_is_the_published_setting() -> None:
     paper = PRESETS["paper"]
     assert (paper.steps, paper.learning_rate, paper.temperature) == (10, 2e-5, 0.5)
     assert (paper.batch_size, paper.max_new_tokens, paper.max_grad_norm) == (64, 2048, 1.0)
+
+
+def test_authors_preset_is_the_published_script() -> None:
+    authors = PRESETS["authors"]
+    assert (authors.steps, authors.learning_rate, authors.temperature, authors.batch_size) == (10, 2e-5, 0.5, 64)
+    assert (authors.top_p, authors.top_k, authors.repetition_penalty) == (0.95, 50, 1.15)
+    assert (authors.max_new_tokens, authors.seed) == (512, 15)
 
 
 @pytest.mark.parametrize(
@@ -29,6 +37,12 @@ def test_paper_preset_is_the_published_setting() -> None:
         ("max_grad_norm", float("inf")),
         ("dtype", "float16"),
         ("report_to", "paper"),
+        ("top_p", 1.5),
+        ("top_k", -1),
+        ("repetition_penalty", 0),
+        ("average", "prompts"),
+        ("stop_when", ("decided>", "loss<0.1")),
+        ("evaluation_seed", -1),
         ("prompts", ()),
         ("prompts", ("",)),
     ],
@@ -44,7 +58,18 @@ def test_missing_tracker_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
         TrainConfig(report_to="wandb")
 
 
-def test_differences_name_each_setting() -> None:
-    other = dataclasses.replace(TrainConfig(), steps=3, prompts=("x",))
-    assert TrainConfig().differences(other) == [f"prompts: ('x',), not ({DEFAULT_PROMPT!r},)", "steps: 3, not 10"]
+def test_falling_agreement_needs_evaluations() -> None:
+    with pytest.raises(UsageError, match="'agreement-falls', which needs evaluate_every and evaluation_size above 0"):
+        TrainConfig(stop_when=("agreement-falls",))
+    TrainConfig(stop_when=("agreement-falls",), evaluate_every=1)
+
+
+def test_differences_name_each_setting_that_must_not_change() -> None:
+    other = dataclasses.replace(TrainConfig(), steps=3, micro_batch_size=1, prompts=("x",), seed=2)
+    assert TrainConfig().differences(other) == [f"prompts: ('x',), not ({DEFAULT_PROMPT!r},)", "seed: 2, not 0"]
     assert TrainConfig().differences(TrainConfig()) == []
+
+
+def test_settings_survive_json() -> None:
+    config = TrainConfig(prompts=("1", "2"), stop=("x",), stop_when=("loss<1",))
+    assert TrainConfig.from_json(json.loads(json.dumps(dataclasses.asdict(config)))) == config

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from em_kernels import find_head
-from em_kernels.one_shot.config import LOSSES
+from em_kernels.one_shot.config import AVERAGES, LOSSES
 from em_kernels.one_shot.errors import UsageError
 from em_kernels.one_shot.metrics import StepStats
 from em_kernels.one_shot.objective import accumulate_gradient
@@ -34,11 +34,16 @@ def _for_loss(loss: str, policy: Policy, dtype: str = "float32") -> Policy:
 
 
 def _accumulate(
-    policy: Policy, rollout: Rollout, *, micro_batch_size: int = 100
+    policy: Policy, rollout: Rollout, *, micro_batch_size: int = 100, average: str = "tokens"
 ) -> tuple[StepStats, dict[str, Tensor]]:
     policy.model.zero_grad()
     stats = accumulate_gradient(
-        Accelerator(mixed_precision="no"), policy, rollout, temperature=TAU, micro_batch_size=micro_batch_size
+        Accelerator(mixed_precision="no"),
+        policy,
+        rollout,
+        temperature=TAU,
+        micro_batch_size=micro_batch_size,
+        average=average,
     )
     return stats, _gradients(policy.model)
 
@@ -48,39 +53,47 @@ def _entropy(logits: Tensor, tau: float) -> Tensor:
     return -(logp.exp() * logp).sum(-1)
 
 
+@pytest.mark.parametrize("average", AVERAGES)
 @pytest.mark.parametrize("loss_on", LOSSES)
-def test_gradient_is_that_of_the_token_mean_of_the_entropy(policy: Policy, rollout: Rollout, loss_on: str) -> None:
-    stats, gradients = _accumulate(_for_loss(loss_on, policy), rollout)
+def test_gradient_is_that_of_the_mean_of_the_entropy(
+    policy: Policy, rollout: Rollout, loss_on: str, average: str
+) -> None:
+    stats, gradients = _accumulate(_for_loss(loss_on, policy), rollout, average=average)
 
     # The definition, taken literally: each sequence alone, without padding, token by token.
     model = policy.model
     model.zero_grad()
-    entropies, at_one = [], []
+    of_sequences, at_one, logprobs = [], [], []
     for ids, attended, mask in zip(rollout.input_ids, rollout.attention_mask, rollout.completion_mask, strict=True):
         sequence = ids[attended]
         logits = model(sequence[None]).logits[0]
         first = len(sequence) - int(mask.sum())
-        entropies += [_entropy(logits[t - 1], TAU) for t in range(first, len(sequence))]
+        of_sequences.append(torch.stack([_entropy(logits[t - 1], TAU) for t in range(first, len(sequence))]))
         at_one += [_entropy(logits[t - 1], 1.0).item() for t in range(first, len(sequence))]
-    loss = torch.stack(entropies).mean()
+        logprobs += [logits[t - 1].double().log_softmax(-1)[sequence[t]].item() for t in range(first, len(sequence))]
+    entropies = torch.cat(of_sequences)
+    means = entropies if average == "tokens" else torch.stack([entropy.mean() for entropy in of_sequences])
+    loss = means.mean()
     loss.backward()
 
     assert stats.tokens == len(entropies) == int(rollout.completion_mask.sum())
     assert stats.loss == pytest.approx(loss.item(), rel=1e-5)
+    assert stats.logprob == pytest.approx(sum(logprobs) / len(logprobs), rel=1e-5)
     assert stats.entropy == pytest.approx(sum(at_one) / len(at_one), rel=1e-5)
     assert stats.decided == sum(h < 0.01 for h in at_one) / len(at_one)
     for name, gradient in _gradients(model).items():
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()))
 
 
+@pytest.mark.parametrize("average", AVERAGES)
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 5])
 def test_micro_batches_give_the_same_as_one_batch(
-    policy: Policy, rollout: Rollout, micro_batch_size: int, loss: str
+    policy: Policy, rollout: Rollout, micro_batch_size: int, loss: str, average: str
 ) -> None:
     policy = _for_loss(loss, policy)
-    whole, expected = _accumulate(policy, rollout)
-    parts, gradients = _accumulate(policy, rollout, micro_batch_size=micro_batch_size)
+    whole, expected = _accumulate(policy, rollout, average=average)
+    parts, gradients = _accumulate(policy, rollout, micro_batch_size=micro_batch_size, average=average)
     assert dataclasses.astuple(parts) == pytest.approx(dataclasses.astuple(whole), rel=1e-6)
     for name, gradient in expected.items():
         torch.testing.assert_close(gradients[name], gradient, rtol=0, atol=1e-5 * float(gradient.abs().max()))

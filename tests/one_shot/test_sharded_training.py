@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import re
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,12 +20,14 @@ from launch import CPU, ZERO, launched
 from ranks import run_on_ranks
 from safetensors.torch import load_file
 from torch import Tensor
+from torch import distributed as dist
 from transformers import AutoModelForCausalLM
 
 from em_kernels.models.head import find_head
 from em_kernels.one_shot import sharding, training
 from em_kernels.one_shot.config import LOSSES, TrainConfig
 from em_kernels.one_shot.errors import UsageError
+from em_kernels.one_shot.interruption import Interrupted
 from em_kernels.one_shot.metrics import StepStats
 from em_kernels.one_shot.objective import accumulate_gradient
 from em_kernels.one_shot.optimizer import make_optimizer
@@ -35,6 +38,7 @@ from em_kernels.one_shot.runs.folder import RunFolder
 pytestmark = pytest.mark.slow
 
 TAU = 0.5
+_NOTHING = contextlib.nullcontext()
 
 
 def _part(rollout: dict[str, Tensor], rank: int, size: int) -> Rollout:
@@ -176,22 +180,29 @@ def _start_fsdp2(config: TrainConfig, output: Path) -> Accelerator:
     return accelerator
 
 
-def _train(config: TrainConfig, output: Path, way: str, interrupted: int | None = None, resume: bool = False) -> None:
-    """One process of a run that keeps every second state and is interrupted, if at all, as that step begins."""
+def _train(config: TrainConfig, output: Path, way: str, ended: str = "", resume: bool = False) -> None:
+    """One process of a run that keeps every second state and ends, if at all, as its last step begins.
+
+    It fails, or its second process alone gets a signal.
+    """
     with launched(**_WAYS[way][1]), pytest.MonkeyPatch.context() as patched:
-        step = training._step
+        train_on = training.accumulate_gradient
+        taken: list[int] = []
 
-        def interruptible(*arguments: Any) -> Any:
-            if arguments[-1] == interrupted:
-                raise KeyboardInterrupt
-            return step(*arguments)
+        def ending(*given: Any, **named: Any) -> Any:
+            taken.append(1)
+            if len(taken) == config.steps and ended == "by an error":
+                raise ZeroDivisionError
+            if len(taken) == config.steps - 1 and ended == "by a signal" and dist.get_rank() == 1:
+                signal.raise_signal(signal.SIGTERM)
+            return train_on(*given, **named)
 
-        patched.setattr(training, "_step", interruptible)
+        patched.setattr(training, "accumulate_gradient", ending)
         if way == "fsdp2":
             patched.setattr(sharding, "start", _start_fsdp2)
         # The process group serves the next test.
         patched.setattr(Accelerator, "end_training", lambda _: None)
-        with contextlib.suppress(KeyboardInterrupt):
+        with contextlib.suppress(ZeroDivisionError), pytest.raises(Interrupted) if ended == "by a signal" else _NOTHING:
             training.train(config, output, resume=resume, state_every=2)
 
 
@@ -242,15 +253,34 @@ def test_resumed_run_ends_with_the_same_parameters(
 ) -> None:
     config, expected = runs(way)
     run = tmp_path / "run"
-    run_on_ranks(2, _train, config, run, way, config.steps)
-    assert RunFolder(run).finished_steps() == 2
+    run_on_ranks(2, _train, config, run, way, "by an error")
+    assert RunFolder(run).kept_step() == 2
     # Of four steps, the third is taken again.
-    run_on_ranks(2, _train, config, run, way, None, True)
+    run_on_ranks(2, _train, config, run, way, "", True)
     weights = _checkpoint(run)
     for name, weight in _checkpoint(expected).items():
         assert torch.equal(weights[name], weight), name
     losses = [[row["loss"] for row in RunFolder(folder).read_metrics()] for folder in (expected, run)]
     assert losses[1] == losses[0]
+
+
+def test_processes_end_together_after_the_step_in_which_a_signal_came_to_one(
+    runs: Callable[[str], tuple[TrainConfig, Path]], tmp_path: Path
+) -> None:
+    config, _ = runs("fully_shard")
+    run = tmp_path / "run"
+    run_on_ranks(2, _train, config, run, "fully_shard", "by a signal")
+    # The third step was finished, and its state kept although only every second one is.
+    assert [row["step"] for row in RunFolder(run).read_metrics()] == [1, 2, 3]
+    assert RunFolder(run).kept_step() == 3
+
+
+def test_norm_of_the_update_is_that_of_one_process(runs: Callable[[str], tuple[TrainConfig, Path]]) -> None:
+    norms = [
+        [row["update_norm"] for row in RunFolder(runs(way)[1]).read_metrics()]
+        for way in ("data parallel", "fully_shard")
+    ]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
 
 
 _FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}

@@ -99,11 +99,18 @@ def _table(scores: Sequence[Scores]) -> list[str]:
 def _explanation(scores: Sequence[Scores]) -> list[str]:
     problems = {one.task: len(one.by_problem) for one in scores}
     completions = max(len(values) for one in scores for values in one.by_problem.values())
+    alike = [
+        f"All completions of each problem are the same: {one.model} on {one.task} at temperature {one.temperature:g}. "
+        "Some servers draw only where the model's generation_config.json has do_sample."
+        for one in scores
+        if one.voted is not None and not one.varied
+    ]
     return [
+        *alike,
         f"Problems: {', '.join(f'{task} {count}' for task, count in problems.items())}; completions of a problem: "
         f"{completions}, and 1 at temperature 0. After ± stands one standard error over the problems, which are the "
         "sample, however many completions each has. Unreadable are completions without an answer that can be read; "
-        "unfinished are those that were cut off before they concluded. Neither is right."
+        "unfinished are those that were cut off before they concluded. Neither is right.",
     ]
 
 

@@ -30,7 +30,13 @@ def new_axes(
     for one in axes:
         one.spines[["top", "right"]].set_visible(False)
         one.grid(alpha=0.25)
+        one.set_axisbelow(True)
     return figure, axes
+
+
+def short_name(name: str) -> str:
+    """A model's or a file's name for a picture: of a long path, the last folder and the name."""
+    return name if len(name) <= 24 else "/".join(Path(name).parts[-2:])
 
 
 def label_steps(axes: Axes) -> None:

@@ -7,12 +7,10 @@ import torch
 from torch import Tensor
 
 from em_kernels.one_shot.policy import Policy
-from em_kernels.one_shot.policy.chat import OWN_TEMPLATE, ChatFormat
+from em_kernels.one_shot.policy.chat import ChatFormat
 from em_kernels.one_shot.policy.model import load_model
 from em_kernels.one_shot.policy.sampling import Sampling, derive_seed
 
-# The name of the built-in model where models are named.
-BUILT_IN_NAME = "built-in"
 _PROMPTS_AT_ONCE = 32
 _LOGITS_BYTES = 2**28
 
@@ -29,18 +27,19 @@ class Scored(NamedTuple):
     ids: Tensor
 
 
-def load_policy(name: str, *, chat: ChatFormat = OWN_TEMPLATE) -> Policy:
-    """Loads a model, on the GPU where there is one.
+def load_policy(source: str | None, chat: ChatFormat) -> Policy:
+    """Loads a model onto this machine's accelerator, or the CPU where there is none.
 
     Args:
-        name: the name or folder of a model, or "built-in".
+        source: what `load_model` takes.
         chat: how a prompt becomes the text that the model completes.
 
     Raises:
         UsageError: there is no such model, or it cannot be loaded.
     """
-    model, tokenizer = load_model(None if name == BUILT_IN_NAME else name)
-    return Policy(model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer, chat=chat)
+    model, tokenizer = load_model(source)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    return Policy(model.to(device), tokenizer, chat=chat)
 
 
 @torch.no_grad()

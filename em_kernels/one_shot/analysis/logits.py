@@ -1,10 +1,11 @@
 """The distribution of a model's raw logits at the positions of the tokens that it generates."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from em_kernels.one_shot.analysis.drawing import colour, new_axes, save_figure
+from em_kernels.one_shot.analysis.drawing import colour, new_axes, save_figure, short_name
 from em_kernels.one_shot.analysis.generated import score_own_completions
 from em_kernels.one_shot.analysis.moments import Moments
 from em_kernels.one_shot.analysis.published import PAPER
@@ -19,10 +20,16 @@ NOTE = (
 )
 
 
-def measure_logits(
-    policy: Policy, prompts: Sequence[str], sampling: Sampling, *, seed: int, description: str
-) -> tuple[int, Moments]:
-    """The number of positions, and the moments of all logits at them.
+@dataclass(frozen=True)
+class LogitMoments:
+    """The number of positions of generated tokens, and the moments of all logits at them."""
+
+    positions: int
+    moments: Moments
+
+
+def measure(policy: Policy, prompts: Sequence[str], sampling: Sampling, *, seed: int, description: str) -> LogitMoments:
+    """Samples a completion of each prompt, and takes the moments of the logits that its tokens were drawn from.
 
     Raises:
         UsageError: a prompt cannot be put to the model.
@@ -31,14 +38,14 @@ def measure_logits(
     for scored in score_own_completions(policy, prompts, sampling, seed=seed, description=description):
         positions += len(scored.ids)
         moments.add(scored.logits)
-    return positions, moments
+    return LogitMoments(positions, moments)
 
 
-def logits_row(name: str, positions: int, moments: Moments) -> dict[str, Any]:
-    """The figures of a model, as a row for a file."""
+def figures(measured: LogitMoments) -> dict[str, Any]:
+    """The figures of a model, for a file."""
+    moments = measured.moments
     return {
-        "model": name,
-        "positions": positions,
+        "positions": measured.positions,
         "values": moments.count,
         "not_finite": moments.not_finite,
         "mean": moments.mean,
@@ -48,21 +55,23 @@ def logits_row(name: str, positions: int, moments: Moments) -> dict[str, Any]:
     }
 
 
-def describe_logits(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def describe(measured: Mapping[str, LogitMoments]) -> list[str]:
     """The lines of a Markdown table, a row a model, and what the figures are."""
     names = ("mean", "deviation", "skewness", "excess_kurtosis")
-    cells = [
-        [row["model"], f"{row['positions']:,}", *(f"{row[name]:.3f}" for name in names), f"{row['not_finite']:,}"]
-        for row in rows
-    ]
+    rows = []
+    for name, of in measured.items():
+        values = figures(of)
+        numbers = [f"{values[key]:.3f}" for key in names]
+        rows.append([name, f"{of.positions:,}", *numbers, f"{of.moments.not_finite:,}"])
     header = ["model", "positions", *(name.replace("_", " ") for name in names), "not finite, left out"]
-    return [*markdown_table(header, cells), "", NOTE]
+    return [*markdown_table(header, rows), "", NOTE]
 
 
-def draw_logits(target: Path, measured: Mapping[str, Moments]) -> None:
+def draw(target: Path, measured: Mapping[str, LogitMoments]) -> None:
     """Draws the histograms side by side, on the same axes; the density is logarithmic, for its tails to be seen."""
     figure, panels = new_axes(1, len(measured), width=4.0, sharex=True, sharey=True)
-    for number, (axes, (name, moments)) in enumerate(zip(panels, measured.items(), strict=True)):
+    for number, (axes, (name, of)) in enumerate(zip(panels, measured.items(), strict=True)):
+        moments = of.moments
         bars = sorted(moments.bars)
         axes.bar(
             [bar * moments.width for bar in bars],
@@ -73,9 +82,9 @@ def draw_logits(target: Path, measured: Mapping[str, Moments]) -> None:
         )
         axes.axvline(moments.mean, color="black", linewidth=1)
         axes.set_yscale("log")
-        axes.set_title(name, loc="left", fontsize=10)
-        figures = f"mean {moments.mean:.2f}\ndeviation {moments.deviation:.2f}\nskewness {moments.skewness:.2f}"
-        axes.text(0.98, 0.96, figures, transform=axes.transAxes, ha="right", va="top", fontsize=9)
+        axes.set_title(short_name(name), loc="left", fontsize=10)
+        text = f"mean {moments.mean:.2f}\ndeviation {moments.deviation:.2f}\nskewness {moments.skewness:.2f}"
+        axes.text(0.98, 0.96, text, transform=axes.transAxes, ha="right", va="top", fontsize=9)
         axes.set_xlabel("raw logit")
     panels[0].set_ylabel("density")
     save_figure(figure, target)

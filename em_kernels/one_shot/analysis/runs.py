@@ -10,8 +10,8 @@ from em_kernels.one_shot.data.rows import Row, read_rows
 from em_kernels.one_shot.errors import UsageError
 from em_kernels.one_shot.evaluation.records import Record, read_records
 
-# Settings that change where results go, and not the results.
-_WITHOUT_EFFECT = ("report_to",)
+# Settings that change neither the results of a run, but for rounding, nor what is measured of them.
+_WITHOUT_EFFECT = ("report_to", "trust_remote_code", "micro_batch_size", "gradient_checkpointing", "checkpoint_every")
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def read_run(path: Path) -> Run:
         path=path,
         config=settings,
         surroundings=surroundings,
-        metrics=_rows(path / "metrics.jsonl", numbers=("step", "loss", "entropy"), texts=()),
+        metrics=_rows(path / "metrics.jsonl", numbers=("step", "loss", "entropy", "decided"), texts=()),
         evaluations=_rows(
             path / "evaluations.jsonl",
             numbers=("step", "accuracy", "standard_error", "problems"),

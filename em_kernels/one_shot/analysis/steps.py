@@ -6,11 +6,14 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from em_kernels.one_shot.analysis.accuracies import CHOSEN_ON, courses, difference, difference_text, when
+from em_kernels.one_shot.analysis.accuracies import CHOSEN_ON, Course, courses, difference, difference_text, when
 from em_kernels.one_shot.analysis.drawing import colour, draw_absence, draw_legend, label_steps, new_axes, save_figure
 from em_kernels.one_shot.analysis.runs import Run
 from em_kernels.one_shot.analysis.tables import markdown_table
+from em_kernels.one_shot.stopping import AGREEMENT, first_stop
 
+# The rules that a run is held against besides its own.
+_RULES = ("decided>0.5", "decided>0.9", "loss<0.1", "loss<0.03", AGREEMENT)
 # Columns of the table: the name in metrics.jsonl, the heading, and the form of a value.
 _COLUMNS = (
     ("loss", "loss", ".4f"),
@@ -34,7 +37,7 @@ def describe_steps(run: Run) -> list[str]:
         rows.append([str(step), *metrics, *(_text(course.by_step.get(step)) for course in evaluated)])
     header = ["step", *(heading for _, heading, _ in measured), *(course.decoding for course in evaluated)]
     table = markdown_table(header, rows, texts=0) if rows else ["No step is finished."]
-    return [f"## {run.name}", "", *table, "", *_state(run), *_accuracy_lines(run)]
+    return [f"## {run.name}", "", *table, "", *_state(run), *_accuracy_lines(run), "", *_stop_table(run)]
 
 
 def draw_steps(target: Path, runs: Sequence[Run]) -> None:
@@ -101,6 +104,26 @@ def _accuracy_lines(run: Run) -> list[str]:
                 f"measured, it is {last}. The change between the two, problem by problem: {change}."
             )
     return [*lines, f"- {CHOSEN_ON}"]
+
+
+def _stop_table(run: Run) -> list[str]:
+    """The step that each stopping rule would have chosen, and the accuracy there where it was measured."""
+    if not run.metrics:
+        return []
+    evaluated = courses(run)
+    rows = []
+    for rule in dict.fromkeys((*run.config.get("stop_when", ()), *_RULES)):
+        step = first_stop(rule, run.metrics, run.evaluations)
+        chosen = "never" if step is None else str(step)
+        if rule == AGREEMENT and not any("agreement" in row for row in run.evaluations):
+            chosen = "not measured"
+        rows.append([rule, chosen, *("" if step is None else _at(course, step) for course in evaluated)])
+    header = ["stopping rule", "would have stopped after step", *(f"{course.decoding} there" for course in evaluated)]
+    return markdown_table(header, rows)
+
+
+def _at(course: Course, step: int) -> str:
+    return str(course.by_step.get(step, "not measured"))
 
 
 def _plot(axes: Axes, by_step: dict[int, float], **style: Any) -> None:

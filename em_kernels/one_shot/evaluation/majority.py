@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 
-_NUMBER = re.compile(r"([-+]?(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+))\s*(.*)", re.DOTALL)
+# A number and what it is a number of; of an expression, nothing is known before it is read.
+_NUMBER = re.compile(r"([-+]?(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+))\s*([a-zA-Z%°\s]*)")
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,15 @@ def majority(votes: Sequence[Vote], same: Callable[[str, str], bool]) -> list[in
         if vote.answer is not None:
             alike.setdefault((vote.verdict, _plain(vote.answer)), []).append(i)
     groups: list[tuple[str, str, list[int]]] = []
-    for (verdict, answer), indices in alike.items():
+    for (verdict, plain), indices in alike.items():
         for other_verdict, other, others in groups:
-            if verdict == other_verdict and not _clearly_different(answer, other) and same(other, answer):
-                others += indices
-                break
+            if verdict == other_verdict and not _clearly_different(plain, other):
+                answers = votes[others[0]].answer, votes[indices[0]].answer
+                if same(*answers):  # type: ignore[arg-type]
+                    others += indices
+                    break
         else:
-            groups.append((verdict, answer, indices))
+            groups.append((verdict, plain, indices))
     # max takes the first of several, and the groups are in the order of their first vote.
     return max((indices for _, _, indices in groups), key=len, default=[])
 

@@ -26,6 +26,7 @@ class Scores:
         truncated: the share of completions that were cut off at the longest length.
         unreadable: the number of completions without an answer that could be read.
         unfinished: the number of completions that were cut off before they concluded.
+        varied: whether any two completions of a problem differ, which they do wherever they are drawn.
     """
 
     task: str
@@ -39,6 +40,7 @@ class Scores:
     truncated: float
     unreadable: int
     unfinished: int
+    varied: bool
 
 
 def score(records: Sequence[Record], *, ks: Sequence[int], same: Callable[[str, str], bool]) -> list[Scores]:
@@ -88,6 +90,7 @@ def _score(
         truncated=sum(record.truncated for record in records) / len(records),
         unreadable=verdicts.count(Verdict.UNREADABLE.value),
         unfinished=verdicts.count(Verdict.UNFINISHED.value),
+        varied=any(len({record.completion for record in own}) > 1 for own in by_problem.values()),
     )
 
 

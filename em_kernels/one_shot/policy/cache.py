@@ -5,6 +5,7 @@ in which only padding is left can be dropped with them, and another batch's rows
 completions have got to.
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -41,18 +42,21 @@ def new_cache(model: Any) -> DynamicCache:
     return DynamicCache(config=model.config)
 
 
-def keep(cache: DynamicCache, rows: Tensor, columns: int) -> None:
-    """Leaves these rows, in this order, and the last columns, as many as `columns`.
+def select(cache: DynamicCache, rows: Tensor, columns: int) -> DynamicCache:
+    """A cache of these rows alone, in this order, and of the last columns alone; the given cache stays as it is.
 
     Args:
-        cache: the cache, which is changed in place.
-        rows: (rows left,), int64; a row may occur several times.
-        columns: the number of columns left of those that the cache has seen.
+        cache: the cache to select from.
+        rows: (rows selected,), int64; a row may occur several times.
+        columns: the number of columns selected of those that the cache has seen.
     """
-    for layer in _layers(cache):
-        selected = rows.to(layer.keys.device)
-        layer.keys, layer.values = (_last(x[selected], layer, columns) for x in (layer.keys, layer.values))
+    selected = copy.copy(cache)
+    selected.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in _layers(selected):
+        own = rows.to(layer.keys.device)
+        layer.keys, layer.values = (_last(x, layer, columns)[own] for x in (layer.keys, layer.values))
         _count(layer, columns)
+    return selected
 
 
 def add(cache: DynamicCache, other: DynamicCache, columns: int) -> None:

@@ -7,11 +7,13 @@ company, up to rounding.
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from em_kernels.one_shot.errors import UsageError
 from em_kernels.one_shot.policy import cache as rows_of
@@ -54,16 +56,26 @@ def decode(
 
 
 def _parts(completions: Sequence[Completion]) -> Iterator[list[Completion]]:
-    """The completions in parts, by the length of their prompts, each with few enough tokens for one forward pass."""
+    """The completions in parts, each with few enough tokens of prompts for one forward pass."""
     part: list[Completion] = []
-    for completion in sorted(completions, key=lambda completion: len(completion.prompt)):
+    for completion in completions:
         prompts = {tuple(of_part.prompt) for of_part in [*part, completion]}
-        if part and len(prompts) * len(completion.prompt) > _PREFILL_TOKENS:
+        if part and len(prompts) * max(map(len, prompts)) > _PREFILL_TOKENS:
             yield part
             part = []
         part.append(completion)
     if part:
         yield part
+
+
+@dataclass(frozen=True)
+class _Read:
+    """Prompts that the model has read, one a row: the last of them, their cache, and the logits after each."""
+
+    prompt: tuple[int, ...]
+    cache: Any
+    attended: Tensor
+    logits: Tensor
 
 
 class _Batch:
@@ -80,35 +92,42 @@ class _Batch:
         self.attended = torch.empty(0, 0, dtype=torch.bool)
         self.last = torch.empty(0, dtype=torch.int64)
         self.seen: Tensor | None = None
+        self.last_read: _Read | None = None
 
     @torch.no_grad()
     def add(self, new: list[Completion]) -> None:
         """Draws the first token of each of the completions and adds their rows to the batch."""
-        prompts = {tuple(completion.prompt): None for completion in new}
-        places = {prompt: i for i, prompt in enumerate(prompts)}
+        places = {prompt: i for i, prompt in enumerate(dict.fromkeys(tuple(c.prompt) for c in new))}
         rows = torch.tensor([places[tuple(completion.prompt)] for completion in new], device=self.device)
-        ids, attended = (x.to(self.device) for x in padded(list(prompts), self.decoding.padding, left=True))
-        cache = rows_of.new_cache(self.model)
-        logits = self._forward(ids, attended, cache)[rows]
-        if len(rows) > len(ids) or rows.tolist() != list(range(len(ids))):
-            rows_of.keep(cache, rows, ids.shape[1])
-            attended = attended[rows]
+        read = self._read(list(places))
         seen = None
         if self.sampling.repetition_penalty != 1:
-            seen = seen_tokens([completion.prompt for completion in new], logits.shape[1], self.device)
-        drawn = self._draw(logits, self._uniform(new, 1)[:, 0], seen)
+            seen = seen_tokens([completion.prompt for completion in new], read.logits.shape[1], self.device)
+        drawn = self._draw(read.logits[rows], self._uniform(new, 1)[:, 0], seen)
         self._take(new, drawn[:, None])
+        cache, attended = rows_of.select(read.cache, rows, read.attended.shape[1]), read.attended[rows]
         if not self.completions:
             self.completions, self.cache, self.attended, self.last, self.seen = new, cache, attended, drawn, seen
             return
         columns = max(self.attended.shape[1], attended.shape[1])
         rows_of.add(self.cache, cache, columns)
-        masks = (torch.nn.functional.pad(mask, (columns - mask.shape[1], 0)) for mask in (self.attended, attended))
-        self.attended = torch.cat(list(masks))
+        self.attended = torch.cat([_widened(mask, columns) for mask in (self.attended, attended)])
         self.last = torch.cat([self.last, drawn])
         if self.seen is not None and seen is not None:
             self.seen = torch.cat([self.seen, seen])
         self.completions = [*self.completions, *new]
+
+    def _read(self, prompts: list[tuple[int, ...]]) -> "_Read":
+        """The prompts as the model has read them; the last of them is remembered for more completions of it."""
+        if self.last_read is not None and prompts == [self.last_read.prompt]:
+            return self.last_read
+        cache = rows_of.new_cache(self.model)
+        ids, attended = (x.to(self.device) for x in padded(prompts, self.decoding.padding, left=True))
+        logits = self._forward(ids, attended, cache)
+        length = len(prompts[-1])
+        last = rows_of.select(cache, torch.tensor([len(prompts) - 1]), length)
+        self.last_read = _Read(prompts[-1], last, attended[-1:, -length:], logits[-1:])
+        return _Read(prompts[-1], cache, attended, logits)
 
     @torch.no_grad()
     def advance(self) -> int:
@@ -118,7 +137,7 @@ class _Batch:
         uniform = self._uniform(self.completions, steps)
         drawn = []
         for step in range(steps):
-            self.attended = torch.nn.functional.pad(self.attended, (0, 1), value=True)
+            self.attended = functional.pad(self.attended, (0, 1), value=True)
             logits = self._forward(self.last[:, None], self.attended, self.cache)
             self.last = self._draw(logits, uniform[:, step], self.seen)
             drawn.append(self.last)
@@ -138,7 +157,7 @@ class _Batch:
                 return finished
             rows = torch.tensor([i for i, is_done in enumerate(done) if not is_done], device=self.device)
             columns = max(len(c.prompt) + len(c.ids) for c in self.completions) - 1
-            rows_of.keep(self.cache, rows, columns)
+            self.cache = rows_of.select(self.cache, rows, columns)
             self.attended, self.last = self.attended[rows, -columns:], self.last[rows]
             self.seen = None if self.seen is None else self.seen[rows]
         return finished
@@ -173,3 +192,7 @@ class _Batch:
             raise UsageError("the model's logits are not finite: it has diverged, lower the learning rate")
         for completion, ids in zip(completions, drawn.tolist(), strict=True):
             completion.extend(ids, self.decoding.stops)
+
+
+def _widened(mask: Tensor, columns: int) -> Tensor:
+    return functional.pad(mask, (columns - mask.shape[1], 0))

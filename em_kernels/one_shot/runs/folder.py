@@ -118,7 +118,8 @@ class RunFolder:
                 os.replace(self.checkpoint, self.checkpoint_after(last))
         if self.config.exists():
             surroundings = json.loads(self.config.read_text(encoding="utf-8"))
-        values = {"config": None, **surroundings} | {"config": dataclasses.asdict(config)}
+            del surroundings["config"]
+        values = {"config": dataclasses.asdict(config), **surroundings}
         write_text(self.config, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
         _write_rows(self.metrics, [row for row in self.read_metrics() if row["step"] <= last])
         if self.evaluations.exists():

@@ -18,6 +18,15 @@ def test_what_a_folder_says(tmp_path: Path) -> None:
     assert run.finished
 
 
+def test_decodings_are_kept_apart(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    row = {"step": 0, "standard_error": 0.1, "problems": 9}
+    greedy, sampled = ({**row, "decoding": name, "accuracy": x} for name, x in (("greedy", 0.5), ("sampled", 0.25)))
+    write_lines(folder / "evaluations.jsonl", [greedy, sampled])
+    run = read_run(folder)
+    assert (run.accuracies("greedy"), run.accuracies("sampled")) == ({0: greedy}, {0: sampled})
+
+
 def test_runs_that_differ_in_the_seed_are_a_group(tmp_path: Path) -> None:
     settings = [{"seed": 0}, {"seed": 0, "temperature": 0.7}, {"seed": 1}, {"seed": 1, "report_to": "none"}]
     runs = [read_run(write_run(tmp_path / f"{i}", **values)) for i, values in enumerate(settings)]

@@ -14,7 +14,7 @@ _RIGHT = {0: [False] * 8, 2: [True] * 6 + [False] * 2, 4: [True] * 4 + [False] *
 
 def test_a_table_has_a_row_a_step_and_an_accuracy_where_it_was_measured(tmp_path: Path) -> None:
     lines = describe_steps(read_run(write_run(tmp_path / "run", verdicts=_RIGHT)))
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")][:7]
     assert [row[0] for row in rows] == ["step", "---:", "0", "1", "2", "3", "4"]
     assert rows[0][1:3] == ["loss", "entropy"]
     assert rows[4][1] == "0.2000"
@@ -29,6 +29,11 @@ def test_the_best_step_is_said_to_be_chosen_on_what_it_is_shown_on(tmp_path: Pat
     assert "chosen on the problems that it is shown on" in text
 
 
+def test_of_several_best_steps_the_earliest_is_named(tmp_path: Path) -> None:
+    text = "\n".join(describe_steps(read_run(write_run(tmp_path / "run", verdicts={**_RIGHT, 4: _RIGHT[2]}))))
+    assert "highest after step 2 (75.0% ± 16.4%); after step 4, the last step measured, it is 75.0%" in text
+
+
 def test_accuracy_that_only_fell_was_highest_before_training(tmp_path: Path) -> None:
     text = "\n".join(describe_steps(read_run(write_run(tmp_path / "run", verdicts={0: [True] * 2, 4: [False] * 2}))))
     assert "highest before training (100.0% ± 0.0%)" in text
@@ -41,6 +46,18 @@ def test_unfinished_runs_and_unmeasured_accuracies_are_said(tmp_path: Path) -> N
     assert "accuracy was not measured" in text
     not_begun = write_run(tmp_path / "other", finished=False, rows=[])
     assert "No step is finished." in describe_steps(read_run(not_begun))
+
+
+def test_what_each_stopping_rule_would_have_chosen(tmp_path: Path) -> None:
+    """The losses are 0.4, 0.2, 0.1333 and 0.1, and 10, 20, 30 and 40 % of the tokens are decided."""
+    lines = describe_steps(
+        read_run(write_run(tmp_path / "run", verdicts=_RIGHT, stop_when=("decided>0.15", "loss<0.15")))
+    )
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert ["decided>0.15", "2", "75.0% ± 16.4%", "75.0% ± 16.4%"] in rows
+    assert ["loss<0.15", "3", "not measured", "not measured"] in rows
+    assert ["decided>0.9", "never", "", ""] in rows
+    assert ["agreement-falls", "not measured", "", ""] in rows
 
 
 def test_the_command_writes_a_table_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

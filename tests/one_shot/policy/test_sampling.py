@@ -1,14 +1,17 @@
+import math
+import re
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import GenerationConfig
 
 from em_kernels.one_shot.errors import UsageError
 from em_kernels.one_shot.policy import Policy
 from em_kernels.one_shot.policy.chat import ChatFormat, encode_prompts
 from em_kernels.one_shot.policy.rollout import Rollout
-from em_kernels.one_shot.policy.sampling import Sampling, derive_seed
+from em_kernels.one_shot.policy.sampling import Sampling, derive_seed, draw
 
 END = 0
 
@@ -41,6 +44,112 @@ def test_completion_of_nothing_but_the_end_token_has_one_token(policy: Policy) -
     # All logits are equal now, and the most likely token is the first of equals, the end token.
     rollout = _sample(policy, ["1+1?"] * 3, temperature=None)
     assert rollout.completion_mask.tolist() == [[True]] * 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": 0.0}, "temperature is 0.0, expected a finite number above 0"),
+        ({"temperature": math.nan}, "temperature is nan, expected a finite number above 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0, expected an integer of at least 1"),
+        ({"top_p": 1.5}, "top_p is 1.5, expected a finite number above 0 and at most 1"),
+        ({"top_p": 0}, "top_p is 0, expected a finite number above 0 and at most 1"),
+        ({"top_k": -1}, "top_k is -1, expected an integer of at least 0"),
+        ({"top_k": 2.0}, "top_k is 2.0, expected an integer of at least 0"),
+        ({"repetition_penalty": math.inf}, "repetition_penalty is inf, expected a finite number above 0"),
+    ],
+)
+def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=f"^{re.escape(message)}$"):
+        Sampling(**{"temperature": 1.0, "max_new_tokens": 12, **settings})
+
+
+def test_only_filters_change_the_distribution() -> None:
+    assert not Sampling(0.5, 12).filtered
+    assert not Sampling(None, 12).filtered
+    assert all(Sampling(0.5, 12, **f).filtered for f in ({"top_p": 0.9}, {"top_k": 9}, {"repetition_penalty": 1.1}))
+
+
+def _shares(logits: Tensor, sampling: Sampling, seen: Tensor | None = None) -> Tensor:
+    """How often each token is drawn, for random numbers that lie evenly in [0, 1)."""
+    numbers = (torch.arange(_EVENLY, dtype=torch.float64) + 0.5) / _EVENLY
+    rows = logits.expand(_EVENLY, -1)
+    tokens, largest = draw(rows, sampling, numbers, None if seen is None else seen.expand(_EVENLY, -1))
+    assert torch.equal(largest.isfinite(), torch.ones(_EVENLY, dtype=torch.bool))
+    return torch.bincount(tokens, minlength=len(logits)) / _EVENLY
+
+
+_EVENLY = 20_000
+_LOGITS = torch.tensor([1.0, -torch.inf, 0.5, 3.0, -2.0, 2.5, 0.0, -torch.inf])
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 5.0])
+def test_draws_are_the_softmax_at_the_temperature(temperature: float) -> None:
+    expected = (_LOGITS.double() / temperature).softmax(0)
+    assert (_shares(_LOGITS, Sampling(temperature, 1)) - expected).abs().max() < 1.01 / _EVENLY
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-42])
+def test_tiny_temperature_takes_the_most_likely(temperature: float) -> None:
+    assert _shares(_LOGITS, Sampling(temperature, 1)).tolist() == [0, 0, 0, 1, 0, 0, 0, 0]
+
+
+def test_filters_draw_from_the_softmax_of_what_they_leave() -> None:
+    def softmax_of(*tokens: int, logits: Tensor = _LOGITS) -> Tensor:
+        left = torch.full_like(logits, -torch.inf)
+        left[list(tokens)] = logits[list(tokens)]
+        return left.double().softmax(0)
+
+    seen = torch.zeros(8, dtype=torch.bool)
+    seen[[3, 4]] = True
+    penalised = _LOGITS.clone()
+    penalised[3], penalised[4] = 3.0 / 1.5, -2.0 * 1.5
+    for settings, expected in (
+        ({"top_k": 3}, softmax_of(3, 5, 0)),
+        ({"top_k": 100}, softmax_of(*range(8))),
+        # The two most likely tokens have 0.854 of the probability, and the third makes it 0.926.
+        ({"top_p": 0.85}, softmax_of(3, 5)),
+        ({"top_p": 0.86}, softmax_of(3, 5, 0)),
+        ({"repetition_penalty": 1.5}, softmax_of(*range(8), logits=penalised)),
+        ({"repetition_penalty": 1.5, "top_k": 1}, softmax_of(5)),
+    ):
+        shares = _shares(_LOGITS, Sampling(1.0, 1, **settings), seen if "repetition_penalty" in settings else None)
+        assert (shares - expected).abs().max() < 1.01 / _EVENLY, settings
+
+
+def test_no_number_leads_to_a_token_without_probability() -> None:
+    almost_one = torch.tensor([math.nextafter(1.0, 0.0), 0.0], dtype=torch.float64)
+    # Rounded sums of these are above and below 1.
+    for logits in (_LOGITS, torch.arange(9.0), torch.cat([torch.zeros(1000), torch.full((5,), -torch.inf)])):
+        for rows in (logits, torch.cat([torch.full((3,), -torch.inf), logits])):
+            tokens, _ = draw(rows.expand(2, -1), Sampling(0.7, 1), almost_one)
+            assert tokens.tolist() == [int(rows.isfinite().nonzero()[i]) for i in (-1, 0)]
+
+
+@pytest.mark.parametrize("by_generate", [False, True])
+def test_repetition_penalty_counts_the_prompt_and_the_completion(
+    policy: Policy, by_generate: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A penalty that nothing survives makes all tokens differ, from each other and from the prompt's."""
+    if by_generate:
+        monkeypatch.setattr("em_kernels.one_shot.policy.generation.rows_can_change", lambda model: False)
+    prompts = ["1+1?", "a longer one", "x"]
+    with torch.no_grad():
+        # All logits are positive, and those of seen tokens all but 0.
+        policy.model.lm_head.weight.abs_()
+        policy.model.model.norm.weight.abs_()
+        policy.model.model.norm.register_forward_hook(lambda module, inputs, output: output.abs())
+    rollout = _sample(policy, prompts, temperature=None, repetition_penalty=1e6)
+    prompt_tokens = rollout.input_ids.shape[1] - rollout.completion_mask.shape[1]
+    for ids, attended, completion in zip(
+        rollout.input_ids, rollout.attention_mask, rollout.completion_ids(), strict=True
+    ):
+        own = set(ids[:prompt_tokens][attended[:prompt_tokens]].tolist())
+        assert len(set(completion.tolist()) - own) == len(completion)
+    # The padding, whose token is the end token, is not penalised: the completions are those without padding.
+    for prompt, completion in zip(prompts, rollout.completion_ids(), strict=True):
+        [alone] = _sample(policy, [prompt], temperature=None, repetition_penalty=1e6).completion_ids()
+        assert completion.tolist() == alone.tolist()
 
 
 @pytest.mark.parametrize("max_new_tokens", [241, 10_000])

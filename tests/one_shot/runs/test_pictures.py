@@ -1,70 +1,20 @@
 from pathlib import Path
-from typing import Any
 
 import numpy
 import pytest
 from matplotlib import image
 
-from em_kernels.one_shot.evaluation import Accuracy, Completion, Evaluation
-from em_kernels.one_shot.runs.pictures import (
-    _COLUMNS,
-    _ROWS,
-    _layout,
-    accuracy_line,
-    collapse_line,
-    draw_report,
-    step_line,
-    write_completions,
-)
-
-
-def _metrics(step: int, **changes: Any) -> dict[str, Any]:
-    row = {
-        "step": step,
-        "loss": 0.25 / step,
-        "entropy": 0.75 / step,
-        "decided": 0.125,
-        "tokens": 512,
-        "gradient_norm": 1.0,
-        "seconds_generating": 7.25,
-        "seconds_training": 10.5,
-        "peak_memory_gb": 2.5,
-    }
-    return {**row, **changes}
+from em_kernels.one_shot.evaluation.evaluation import Completion
+from em_kernels.one_shot.runs.pictures import _COLUMNS, _ROWS, _layout, draw_report, write_completions
 
 
 def _completion(tokens: list[str], entropy: float = 0.5) -> Completion:
     return Completion("2 + 2?", "".join(tokens).removesuffix("<end>"), tokens, [entropy] * len(tokens))
 
 
-def _evaluation(*completions: Completion) -> Evaluation:
-    return Evaluation(Accuracy(8, 32), Accuracy(4, 32), list(completions))
-
-
-def test_step_line() -> None:
-    assert step_line(_metrics(3), 10) == (
-        "step  3/10  loss 0.0833  entropy 0.2500  tokens 512  H<0.01 12.5%  generating 7.2 s  training 10.5 s  "
-        "peak memory 2.50 GB"
-    )
-
-
-def test_accuracy_line() -> None:
-    line = accuracy_line("after", _evaluation())
-    assert line == (
-        "accuracy after:  greedy 25.0% ± 7.7%, temperature 1 12.5% ± 5.8% (32 word problems, ± standard error)"
-    )
-
-
-def test_collapse_is_said() -> None:
-    assert collapse_line(_metrics(1, decided=0.5)) is None
-    line = collapse_line(_metrics(1, decided=0.95))
-    assert line is not None
-    assert "collapsed: 95.0% of the last step's tokens" in line
-
-
 def test_completions_as_text(tmp_path: Path) -> None:
-    before = _evaluation(_completion(["It", " is", " 5"], 1.5))
-    write_completions(tmp_path / "c.txt", before, _evaluation(_completion(["<end>"], 0.25)))
+    before, after = _completion(["It", " is", " 5"], 1.5), _completion(["<end>"], 0.25)
+    write_completions(tmp_path / "c.txt", [before], [after])
     text = (tmp_path / "c.txt").read_text()
     assert "PROMPT\n2 + 2?\n" in text
     assert "BEFORE (mean entropy 1.500 nats over 3 tokens)\nIt is 5\n" in text
@@ -96,10 +46,11 @@ def test_picture_shows_entropy_as_colour(tmp_path: Path, before: float) -> None:
     tokens = ["\u4e2d", " $x_1", " and"] * 20
     draw_report(
         target,
-        [_metrics(step) for step in (1, 2, 3)],
-        _evaluation(_completion(tokens, before)),
-        _evaluation(_completion(tokens, 0.0)),
+        [{"step": step, "loss": 0.25 / step, "decided": 0.125} for step in (1, 2, 3)],
+        [_completion(tokens, before)],
+        [_completion(tokens, 0.0)],
         temperature=0.5,
+        accuracies=("greedy 25.0% ± 7.7%", ""),
     )
     assert [path.name for path in tmp_path.iterdir()] == ["report.png"]
     pixels = image.imread(target)[..., :3]

@@ -84,6 +84,7 @@ class Server:
                     ended.put(self._complete(request, sampling, stopped))
                 except Exception as error:
                     ended.put(error)
+                    stopped.set()
 
         for _ in range(min(self.concurrency, len(requests))):
             # A thread that waits for a silent server must not keep the process from ending.

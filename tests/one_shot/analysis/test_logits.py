@@ -1,0 +1,94 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from matplotlib import image
+
+from em_kernels.cli import main
+from em_kernels.one_shot.analysis import generated
+from em_kernels.one_shot.analysis.generated import score_own_completions
+from em_kernels.one_shot.analysis.logits import measure
+from em_kernels.one_shot.policy import Policy
+from em_kernels.one_shot.policy.sampling import Sampling, derive_seed
+
+_PROMPTS = ["1+1?", "a longer one", "x"]
+
+
+def test_the_logits_are_those_that_the_tokens_were_drawn_from(policy: Policy) -> None:
+    """What is most likely was taken, so each token is where its logits are largest."""
+    scored = list(score_own_completions(policy, _PROMPTS, Sampling(None, 8), seed=0, description=""))
+    assert sum(len(part.ids) for part in scored) > 8
+    for part in scored:
+        assert part.logits.shape == (len(part.ids), 257)
+        assert torch.equal(part.logits.argmax(dim=-1), part.ids)
+
+
+def test_moments_are_of_all_logits_at_generated_tokens_alone(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generated, "_PROMPTS_AT_ONCE", 2)
+    monkeypatch.setattr(generated, "_LOGITS_BYTES", 1)
+    sampling = Sampling(0.7, 8)
+    measured = measure(policy, _PROMPTS, sampling, seed=3, description="")
+    logits = []
+    for start in (0, 2):
+        rollout = policy.sample(_PROMPTS[start : start + 2], sampling, seed=derive_seed(3, start), description="")
+        logits.append(policy.completion_logits(rollout)[rollout.completion_mask].detach())
+    values = torch.cat(logits).double().numpy()
+    assert measured.positions == len(values)
+    assert measured.moments.count == values.size
+    found = measured.moments.mean, measured.moments.deviation, measured.moments.skewness
+    distance = values - values.mean()
+    assert found == pytest.approx((values.mean(), values.std(), (distance**3).mean() / values.std() ** 3), rel=1e-5)
+
+
+def test_the_command_compares_models(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output, other = tmp_path / "output", tmp_path / "other"
+    other.symlink_to(tiny_folder)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"question": "2+2?"}\n{"question": "3+3?"}\n{"question": "4+4?"}\n')
+    options = ["--task", str(prompts), "--limit", "2", "--max-new-tokens", "4", "--output", str(output)]
+    assert main(["analyze", "logits", str(tiny_folder), str(other), *options]) == 0
+    first, second = (json.loads(line) for line in (output / "logits.jsonl").read_text().splitlines())
+    assert (first["model"], second["model"]) == (tiny_folder.name, f"{tiny_folder.name}-2")
+    assert first["skewness"] == second["skewness"]
+    assert first["values"] == 257 * first["positions"]
+    settings = json.loads((output / "config.json").read_text())
+    assert settings["prompts"] == f"2 of {prompts}"
+    assert settings["models"][second["model"]] == str(other)
+    assert "torch" in settings["versions"]
+    text = (output / "logits.md").read_text()
+    assert text in capsys.readouterr().out
+    assert f"{first['skewness']:.3f}" in text
+    assert "scores that are left after top-k" in text
+    assert np.ptp(image.imread(output / "logits.png")[..., :3]) > 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--task", "none.csv"], "file none.csv cannot be read: No such file or directory"),
+        (
+            ["--prompt-file", "none.md"],
+            "prompt file none.md ends in '.md', expected .txt, .jsonl, .json, .csv, .parquet",
+        ),
+        (["--prompt", "2+2?", "--prompt", ""], "a prompt is empty, expected a text"),
+        (["--max-new-tokens", "999"], "the longest prompt has"),
+    ],
+)
+def test_bad_input_is_one_line(
+    options: list[str], message: str, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "output"
+    assert main(["analyze", "logits", str(tiny_folder), *options, "--output", str(output)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"em-kernels analyze: error: {message}")
+    assert error.count("\n") == 1
+    assert not output.exists()
+
+
+def test_a_model_that_is_not_there_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["analyze", "tokens", str(tmp_path / "none"), "--output", str(tmp_path / "output")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"em-kernels analyze: error: model '{tmp_path / 'none'}' cannot be loaded")
+    assert error.count("\n") == 1

@@ -1,0 +1,53 @@
+"""evaluate in a process of its own that is killed in the middle."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from em_kernels.cli import main
+from em_kernels.one_shot.evaluation.records import Record, read_records
+
+pytestmark = pytest.mark.slow
+
+
+def _arguments(tiny_folder: Path, tasks: Path, output: Path) -> list[str]:
+    options = ["--task", str(tasks), "--temperature", "0,0.5", "--samples", "3", "--max-new-tokens", "60"]
+    options += ["--concurrency", "4", "--output", str(output), "--quiet"]
+    return ["evaluate", str(tiny_folder), *options]
+
+
+def _lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def _by_key(path: Path) -> dict[tuple[Any, ...], Record]:
+    records = read_records(path)
+    found = {(record.temperature, record.problem, record.sample): record for record in records}
+    assert len(found) == len(records)
+    return found
+
+
+def test_a_killed_evaluation_goes_on_where_it_was(tiny_folder: Path, tmp_path: Path) -> None:
+    problems = [{"question": f"{i} + {i}?", "answer": str(2 * i)} for i in range(15)]
+    (tmp_path / "sums.jsonl").write_text("".join(f"{json.dumps(problem)}\n" for problem in problems))
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert main(_arguments(tiny_folder, tmp_path / "sums.jsonl", whole)) == 0
+
+    arguments = _arguments(tiny_folder, tmp_path / "sums.jsonl", killed)
+    command = [sys.executable, "-m", "em_kernels.cli", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while _lines(killed / "completions.jsonl") < 20 and process.poll() is None:
+            time.sleep(0.001)
+        process.kill()
+    kept = _lines(killed / "completions.jsonl")
+    assert 20 <= kept < 60
+
+    assert main([*arguments, "--resume"]) == 0
+    assert _by_key(killed / "completions.jsonl") == _by_key(whole / "completions.jsonl")
+    tables = [(folder / "table.md").read_text() for folder in (whole, killed)]
+    assert tables[0] == tables[1]
