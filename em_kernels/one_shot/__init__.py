@@ -3,7 +3,7 @@
 The modules: `config` (the settings of a run), `data` (prompts and problems), `policy` (the model, which samples and
 scores), `evaluation` (the accuracy), `objective` (the entropy of completions and its gradient), `optimizer`, `training`
 (the loop), `sharding` (a model over several processes), `memory` (what fits where), `metrics`, `runs` (the results of a
-run), `errors`. They need the optional dependencies `em_kernels[one-shot]`.
+run), `sweeps` (many runs), `errors`. They need the optional dependencies `em_kernels[one-shot]`.
 
     from em_kernels.one_shot import PRESETS
     from em_kernels.one_shot.training import train
