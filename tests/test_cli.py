@@ -212,14 +212,17 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("argument", ["--help", "info"])
 def test_help_and_info_do_not_load_the_training_stack(argument: str) -> None:
     program = f"""
-import sys
+import os, sys
 from em_kernels.cli import main
+# torch reads once, when it is imported, how its threads are to wait.
+assert "torch" not in sys.modules
 try:
     main([{argument!r}])
 except SystemExit as stopped:
     assert not stopped.code
 loaded = {{"transformers", "accelerate", "matplotlib", "math_verify"}} & set(sys.modules)
 assert not loaded, loaded
+assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
