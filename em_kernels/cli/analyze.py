@@ -48,6 +48,7 @@ def _add_models(parser: Any) -> None:
         "--temperature", type=temperature, default=1.0, metavar="X", help="0: the most likely token (1)"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling (0)")
+    parser.add_argument("--resume", action="store_true", help="measure only the models that the folder lacks")
     add_chat_options(parser)
 
 
@@ -60,18 +61,23 @@ def _add_output(parser: Any, name: str) -> None:
 
 def _steps(kind: str, runs: Sequence[Path], output: Path) -> None:
     import_quietly()
-    from em_kernels.one_shot.analysis.runs import read_run
+    from em_kernels.one_shot.analysis.accuracies import BUILT_IN_NOTE
+    from em_kernels.one_shot.analysis.runs import read_runs
     from em_kernels.one_shot.analysis.steps import describe_steps, draw_steps
 
-    read = [read_run(path) for path in runs]
+    read = read_runs(runs)
     output.mkdir(parents=True, exist_ok=True)
     draw_steps(output / "steps.png", read)
-    _finish(output, "steps", [line for run in read for line in (*describe_steps(run), "")])
+    lines = [line for run in read for line in (*describe_steps(run), "")]
+    if any(run.config.get("model") is None for run in read):
+        lines.append(BUILT_IN_NOTE)
+    _finish(output, "steps", lines)
 
 
-def _models(kind: str, models: Sequence[str], output: Path, **options: Any) -> None:
+def _models(kind: str, models: Sequence[str], output: Path, resume: bool, **options: Any) -> None:
     import_quietly()
     from em_kernels.one_shot.analysis import logits, tokens
+    from em_kernels.one_shot.analysis.accuracies import BUILT_IN_NOTE
     from em_kernels.one_shot.analysis.generated import load_policy
     from em_kernels.one_shot.evaluation.models import find_models
     from em_kernels.one_shot.policy.sampling import Sampling
@@ -79,28 +85,43 @@ def _models(kind: str, models: Sequence[str], output: Path, **options: Any) -> N
     from em_kernels.one_shot.runs.surroundings import surroundings
 
     analysis: Any = {"logits": logits, "tokens": tokens}[kind]
+    of_kind: Any = {"logits": logits.LogitMoments, "tokens": tokens.TokenEntropies}[kind]
     chat = chat_format(options["system"], options["chat_template"], options["stop"])
     prompts, source = _prompts(options["prompt"], options["prompt_file"], options["task"], options["limit"])
     sampling = Sampling(options["temperature"] or None, options["max_new_tokens"])
+    chosen = {name: options[name] for name in ("temperature", "max_new_tokens", "seed")}
+    settings = {"prompts": source, **chosen, **dataclasses.asdict(chat)}
+    measured = {}
     named = find_models(models)
-    measured = {
-        model.name: analysis.measure(
-            load_policy(model.source, chat), prompts, sampling, seed=options["seed"], description=model.name
-        )
-        for model in named
-    }
-    settings = {
-        "models": {model.name: model.source for model in named},
-        "prompts": source,
-        **{name: options[name] for name in ("temperature", "max_new_tokens", "seed")},
-        **dataclasses.asdict(chat),
-    }
-    output.mkdir(parents=True, exist_ok=True)
-    write_text(output / "config.json", json.dumps({**settings, **surroundings()}, indent=2, ensure_ascii=False) + "\n")
+    for number, model in enumerate(named, start=1):
+        # What decides the result of the model, for --resume to tell it from that of other settings.
+        by = json.loads(json.dumps({**settings, "model": model.source, "texts": prompts}))
+        kept = output / "measured" / f"{number}.json"
+        values = _read_kept(kept, by) if resume else None
+        if values is None:
+            policy = load_policy(model.source, chat)
+            made = analysis.measure(policy, prompts, sampling, seed=options["seed"], description=model.name)
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            write_text(kept, json.dumps({"by": by, "measured": made.to_json()}) + "\n")
+        else:
+            made = of_kind.from_json(values)
+        measured[model.name] = made
+    config = {"models": {model.name: model.source for model in named}, **settings, **surroundings()}
+    write_text(output / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     rows = [{"model": name, **analysis.figures(of)} for name, of in measured.items()]
     write_text(output / f"{kind}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     analysis.draw(output / f"{kind}.png", measured)
-    _finish(output, kind, [*analysis.describe(measured), "", _settings_text(settings)])
+    about = ["", BUILT_IN_NOTE] if any(model.source is None for model in named) else []
+    _finish(output, kind, [*analysis.describe(measured), "", _settings_text(settings), *about])
+
+
+def _read_kept(path: Path, by: dict[str, Any]) -> Any:
+    """What was measured of a model by these settings, or None."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return values["measured"] if values["by"] == by else None
+    except (FileNotFoundError, KeyError, TypeError, ValueError):
+        return None
 
 
 def _prompts(prompt: Sequence[str] | None, prompt_file: Path | None, task: str, limit: int) -> tuple[list[str], str]:
@@ -123,7 +144,9 @@ def _prompts(prompt: Sequence[str] | None, prompt_file: Path | None, task: str, 
 def _settings_text(settings: dict[str, Any]) -> str:
     from em_kernels.one_shot.runs.surroundings import surroundings
 
-    chosen = {name: value for name, value in settings.items() if name != "models" and value not in (None, ())}
+    chosen = {name: value for name, value in settings.items() if value not in (None, ())}
+    if len(str(chosen.get("template", ""))) > 60:
+        chosen["template"] = "as in config.json"
     versions = surroundings()["versions"]
     text = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in chosen.items())
     return f"Settings: {text}; {', '.join(f'{name} {version}' for name, version in versions.items())}."

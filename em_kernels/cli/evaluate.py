@@ -66,10 +66,16 @@ def _evaluate(
     from em_kernels.one_shot.runs.files import write_text
 
     folder = measurement.folder
-    with measurement.drawn() as records:
+    with measurement.drawn() as (records, config):
         with Grader() as grader:
-            scores = score(records, ks=pass_at or [options["samples"]], same=grader.same)
-        text = "\n".join(describe_comparison(scores, measurement.settings)) + "\n"
+            scores = score(
+                records,
+                tasks=[task.name for task in measurement.plan.tasks],
+                models=[model.name for model in measurement.models],
+                ks=pass_at or [options["samples"]],
+                same=grader.same,
+            )
+        text = "\n".join(describe_comparison(scores, config)) + "\n"
         draw_comparison(folder / "accuracy.png", scores)
         write_text(folder / "table.md", text)
     print(text)

@@ -17,6 +17,7 @@ from em_kernels.one_shot.errors import UsageError
 
 if TYPE_CHECKING:
     from em_kernels.one_shot.evaluation.engines import Engine
+    from em_kernels.one_shot.evaluation.engines.server import Server
     from em_kernels.one_shot.evaluation.measure import Plan
     from em_kernels.one_shot.evaluation.models import NamedModel
     from em_kernels.one_shot.evaluation.records import Record
@@ -74,6 +75,7 @@ class Measurement:
     Attributes:
         plan: which completions.
         models: the models, each with a name of its own.
+        check: raises UsageError if it can be seen that a model cannot be loaded.
         load: loads a model.
         folder: the folder.
         settings: what decides the completions, for config.json.
@@ -82,24 +84,32 @@ class Measurement:
 
     plan: "Plan"
     models: "Sequence[NamedModel]"
+    check: "Callable[[NamedModel], None]"
     load: "Callable[[NamedModel], Engine]"
     folder: Path
     settings: dict[str, Any]
     resume: bool
 
     @contextmanager
-    def drawn(self) -> "Iterator[list[Record]]":
-        """Draws and grades the completions, and yields their records; holds the folder until the block ends."""
+    def drawn(self) -> "Iterator[tuple[list[Record], dict[str, Any]]]":
+        """Draws and grades the completions, and yields their records, with what the folder's config.json says.
+
+        The folder is held until the block ends.
+        """
         from em_kernels.one_shot.evaluation.folder import COMPLETIONS, output_folder
         from em_kernels.one_shot.evaluation.measure import measure
         from em_kernels.one_shot.evaluation.records import read_records
         from em_kernels.one_shot.runs.surroundings import surroundings
 
         path = self.folder / COMPLETIONS
-        with output_folder(self.folder, self.settings, surroundings(), resume=self.resume):
+        with output_folder(self.folder, self.settings, surroundings(), resume=self.resume) as config:
+            if len(self.models) > 1 and not path.exists():
+                # A mistake in a later model's name would be seen when the completions of the first are drawn.
+                for model in self.models:
+                    self.check(model)
             for model in self.models:
                 measure(functools.partial(self.load, model), model.name, self.plan, path)
-            yield read_records(path)
+            yield read_records(path), config
 
 
 def plan_measurement(
@@ -142,12 +152,13 @@ def plan_measurement(
         **{name: options[name] for name in names},
         "seed": plan.seed,
         **dataclasses.asdict(chat),
-        "on a server": options["endpoint"] is not None,
-        "dtype": options["dtype"],
+        # A server has a dtype of its own.
+        "dtype": options["dtype"] if options["endpoint"] is None else "of the server",
     }
     return Measurement(
         plan,
         found,
+        functools.partial(_check, chat=chat, options=options),
         functools.partial(_load, plan=plan, chat=chat, options=options),
         options["output"] or default_run_folder(command, resume=options["resume"]),
         settings,
@@ -155,19 +166,18 @@ def plan_measurement(
     )
 
 
+def _check(model: "NamedModel", *, chat: "ChatFormat", options: dict[str, Any]) -> None:
+    from em_kernels.one_shot.evaluation.engines.in_process import check_model
+
+    if options["endpoint"] is not None:
+        _server(model, chat, options).check()
+    elif model.source is not None:
+        check_model(model.source, trust_remote_code=options["trust_remote_code"])
+
+
 def _load(model: "NamedModel", *, plan: "Plan", chat: "ChatFormat", options: dict[str, Any]) -> "Engine":
     if options["endpoint"] is not None:
-        from em_kernels.one_shot.evaluation.engines.server import Server
-
-        return Server(
-            endpoint=options["endpoint"],
-            model=model.source or model.name,
-            chat=chat,
-            concurrency=options["concurrency"],
-            timeout=options["timeout"],
-            key=os.environ.get("OPENAI_API_KEY"),
-            note=print_note,
-        ).complete
+        return _server(model, chat, options).complete
     from em_kernels.one_shot.evaluation.engines.in_process import load_engine
 
     return load_engine(
@@ -178,6 +188,20 @@ def _load(model: "NamedModel", *, plan: "Plan", chat: "ChatFormat", options: dic
         prompts=[problem.question for task in plan.tasks for problem in task.problems],
         max_new_tokens=plan.sampling.max_new_tokens,
         trust_remote_code=options["trust_remote_code"],
+    )
+
+
+def _server(model: "NamedModel", chat: "ChatFormat", options: dict[str, Any]) -> "Server":
+    from em_kernels.one_shot.evaluation.engines.server import Server
+
+    return Server(
+        endpoint=options["endpoint"],
+        model=model.source or model.name,
+        chat=chat,
+        concurrency=options["concurrency"],
+        timeout=options["timeout"],
+        key=os.environ.get("OPENAI_API_KEY"),
+        note=print_note,
     )
 
 

@@ -24,10 +24,10 @@ def _report(runs: Sequence[Path], output: Path) -> None:
     from em_kernels.one_shot.analysis.groups import named_groups
     from em_kernels.one_shot.analysis.report import write_page
     from em_kernels.one_shot.analysis.report_pictures import draw_accuracy, draw_curves
-    from em_kernels.one_shot.analysis.runs import read_run
+    from em_kernels.one_shot.analysis.runs import read_runs
     from em_kernels.one_shot.runs.files import write_text
 
-    groups = named_groups(read_run(path) for path in runs)
+    groups = named_groups(read_runs(runs))
     page = write_page(groups)
     output.mkdir(parents=True, exist_ok=True)
     draw_curves(output / "curves.png", groups)

@@ -61,7 +61,7 @@ def _select(pool: Sequence[str], by: str, temperature: float, count: int, **opti
     from em_kernels.one_shot.runs.files import write_text
 
     folder = measurement.folder
-    with measurement.drawn() as records:
+    with measurement.drawn() as (records, _):
         if not any(record.completion.strip() for record in records):
             raise UsageError(f"the model generated nothing in {len(records)} completions, so no problem can be chosen")
         with Grader() as grader:

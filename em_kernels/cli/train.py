@@ -102,6 +102,7 @@ def _add_kept(kept: Any) -> None:
     demo, paper = PRESETS["demo"], PRESETS["paper"]
     for name, text in (
         ("evaluation_size", "problems that accuracy is measured on"),
+        ("evaluation_tokens", "longest completion of a problem; None: --max-new-tokens"),
         ("evaluation_seed", "seed of these problems and their completions"),
         ("evaluate_every", "steps between evaluations, besides before and after; 0: no others"),
         ("checkpoint_every", "steps between models that are kept, besides the last; 0: no others"),
@@ -154,12 +155,15 @@ def _train(
     **settings: Any,
 ) -> None:
     config = read_config(preset, **settings)
+    import transformers
+
     from em_kernels.one_shot.progress import be_quiet
     from em_kernels.one_shot.runs.folder import default_run_folder
     from em_kernels.one_shot.training import train
 
     if quiet:
         be_quiet()
+        transformers.logging.disable_progress_bar()
     if preset == "authors":
         for note in AUTHORS_NOTES:
             print_note(note)

@@ -3,7 +3,8 @@
 The modules: `config` (the settings of a run), `data` (prompts and problems), `policy` (the model, which samples and
 scores), `evaluation` (the accuracy), `objective` (the entropy of completions and its gradient), `optimizer`, `training`
 (the loop), `sharding` (a model over several processes), `memory` (what fits where), `metrics`, `runs` (the results of a
-run), `sweeps` (many runs), `errors`. They need the optional dependencies `em_kernels[one-shot]`.
+run), `analysis` (what is read out of results), `sweeps` (a run for each combination of settings), `errors`. They need
+the optional dependencies `em_kernels[one-shot]`.
 
     from em_kernels.one_shot import PRESETS
     from em_kernels.one_shot.training import train

@@ -226,10 +226,14 @@ def test_tensorboard(tiny_config: TrainConfig, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    train(dataclasses.replace(tiny_config, report_to="tensorboard", evaluation_size=0), tmp_path / "run")
+    train(dataclasses.replace(tiny_config, report_to="tensorboard"), tmp_path / "run")
     events = EventAccumulator(str(tmp_path / "run" / "em_kernels")).Reload()
-    losses = [(event.step, event.value) for event in events.Scalars("loss")]
-    assert losses == [(row["step"], pytest.approx(row["loss"])) for row in _metrics(tmp_path / "run")]
+    rows = _metrics(tmp_path / "run")
+    for name in rows[0].keys() - {"step"}:
+        values = [(event.step, event.value) for event in events.Scalars(name)]
+        assert values == [(row["step"], pytest.approx(row[name], abs=1e-6)) for row in rows]
+    [before, after] = [(event.step, event.value) for event in events.Scalars("accuracy_sampled")]
+    assert (before[0], after[0]) == (0, 3)
 
 
 def _killed(config: TrainConfig, output: Path, patch: str) -> None:
@@ -410,6 +414,18 @@ def test_a_state_is_kept_at_least_every_so_many_steps(tiny_config: TrainConfig, 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(("share", "kept"), [(1e-9, [1, 3]), (1e9, [1, 2, 3])], ids=["long to write", "fast to write"])
+def test_states_are_kept_as_often_as_takes_a_share_of_the_time(
+    tiny_config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float, kept: list[int]
+) -> None:
+    steps: list[int] = []
+    keep_state = RunFolder.keep_state
+    monkeypatch.setattr(RunFolder, "keep_state", lambda run, step: (steps.append(step), keep_state(run, step)))
+    monkeypatch.setattr(training, "_WRITING_SHARE", share)
+    train(dataclasses.replace(tiny_config, evaluation_size=0), tmp_path / "run")
+    assert steps == kept
+
+
 def test_other_settings_cannot_resume(finished: tuple[TrainConfig, Path]) -> None:
     config, output = finished
     with pytest.raises(UsageError, match=r"other settings: learning_rate: 0.003, not 1; seed: 0, not 1$"):
@@ -472,7 +488,7 @@ def test_processes_that_do_not_know_of_each_other(
     [
         ({"model": "/nowhere/model"}, "model '/nowhere/model' cannot be loaded"),
         ({"prompts": ("x" * 300,)}, "more than the model's context of 256 tokens"),
-        ({"max_new_tokens": 180}, "more than the model's context of 256 tokens"),
+        ({"evaluation_tokens": 200}, "more than the model's context of 256 tokens"),
         ({"evaluation_file": "nothing.csv"}, "file nothing.csv cannot be read"),
     ],
     ids=["model", "prompt", "problem", "file"],

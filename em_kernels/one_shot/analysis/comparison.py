@@ -5,38 +5,34 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from em_kernels.one_shot.analysis.accuracies import difference_text
+from em_kernels.one_shot.analysis.accuracies import BUILT_IN_NOTE, difference_text
 from em_kernels.one_shot.analysis.drawing import colour, draw_legend, new_axes, save_figure
 from em_kernels.one_shot.analysis.published import published_table
 from em_kernels.one_shot.analysis.tables import markdown_table
 from em_kernels.one_shot.evaluation.scores import Scores
 from em_kernels.one_shot.evaluation.statistics import Estimate, paired_difference
 
-_ABOUT_BUILT_IN = (
-    "The built-in model of 135M parameters answers 1 to 7 % of MAWPS, SVAMP and GSM8K, so with it a table shows that "
-    "the pieces work, and not what entropy minimisation gains."
-)
 _MEAN = "mean of the tasks"
 
 
-def describe_comparison(scores: Sequence[Scores], settings: dict[str, Any]) -> list[str]:
+def describe_comparison(scores: Sequence[Scores], config: dict[str, Any]) -> list[str]:
     """The lines of a Markdown page: the scores, the differences from the first model, and the published figures.
 
     Args:
-        scores: the scores of every task, model and temperature.
-        settings: the settings that the completions were drawn by, as `config.json` has them.
+        scores: the scores of every task, model and temperature; the first is of the model to compare with.
+        config: the settings that the completions were drawn by, and the versions, as `config.json` has them.
     """
+    settings = config["settings"]
     tasks = list(dict.fromkeys(one.task for one in scores))
     lines = ["# Accuracy", "", *_table(scores), "", *_explanation(scores)]
     if None in settings["models"].values():
-        lines += ["", _ABOUT_BUILT_IN]
+        lines += ["", BUILT_IN_NOTE]
     if len(settings["models"]) > 1:
         lines += ["", f"## Differences from {scores[0].model} on the same problems", "", *_differences(scores)]
     published = published_table(tasks)
     if published:
         lines += ["", "## Published, not measured here", "", *published]
-    shown = (f"{name} {value!r}" for name, value in settings.items() if name not in ("models", "tasks"))
-    return [*lines, "", "## Settings", "", f"{', '.join(shown)}.", *_contents(settings)]
+    return [*lines, "", "## Settings", "", *_settings(config)]
 
 
 def draw_comparison(target: Path, scores: Sequence[Scores]) -> None:
@@ -61,10 +57,12 @@ def draw_comparison(target: Path, scores: Sequence[Scores]) -> None:
             low, high = ([m + sign * e for m, e in zip(mean, error, strict=True)] for sign in (-1, 1))
             axes.fill_between(at, low, high, color=colour(number), alpha=0.15, linewidth=0)
         axes.set_title(f"{task} ({len(own[0].by_problem)} problems)", loc="left", fontsize=10)
-        axes.set_ylim(bottom=0)
+        axes.set_xticks(sorted({one.temperature for one in scores}))
+        # Where nothing is right, the axis would have no extent.
+        axes.set_ylim(0, max(axes.get_ylim()[1], 5.0))
         axes.set_xlabel("temperature (0: most likely token)")
         axes.set_ylabel("accuracy, %")
-    draw_legend(figure, panels[0])
+    draw_legend(figure, panels[0], columns=columns)
     save_figure(figure, target)
 
 
@@ -86,7 +84,7 @@ def _table(scores: Sequence[Scores]) -> list[str]:
             str(one.unreadable),
             str(one.unfinished),
         ]
-        for one in _by_task(scores)
+        for one in scores
     ]
     blank = [""] * (len(header) - 4)
     means = [
@@ -118,7 +116,7 @@ def _differences(scores: Sequence[Scores]) -> list[str]:
     first = {(one.task, one.temperature): one for one in scores if one.model == scores[0].model}
     rows = []
     pairs: list[Scores] = []
-    for one in _by_task(scores):
+    for one in scores:
         base = first[one.task, one.temperature]
         if one.model != base.model:
             difference = paired_difference(base.by_problem, one.by_problem)
@@ -148,16 +146,16 @@ def _means(scores: Sequence[Scores], estimate: Callable[[Scores], Estimate]) -> 
     }
 
 
-def _by_task(scores: Sequence[Scores]) -> list[Scores]:
-    """The scores with the models of a task and a temperature under each other."""
-    tasks = list(dict.fromkeys(one.task for one in scores))
-    models = list(dict.fromkeys(one.model for one in scores))
-    return sorted(scores, key=lambda one: (tasks.index(one.task), one.temperature, models.index(one.model)))
-
-
-def _contents(settings: dict[str, Any]) -> list[str]:
-    models = [f"- model {name}: {source or 'SmolLM2-135M-Instruct'}" for name, source in settings["models"].items()]
-    return ["", *models, *(f"- task {name}: {contents}" for name, contents in settings["tasks"].items())]
+def _settings(config: dict[str, Any]) -> list[str]:
+    settings = config["settings"]
+    shown = [f"{name} {value!r}" for name, value in settings.items() if name not in ("models", "tasks")]
+    versions = [f"{name} {version}" for name, version in config["versions"].items()]
+    return [
+        *(f"- model {name}: {source or 'SmolLM2-135M-Instruct'}" for name, source in settings["models"].items()),
+        *(f"- task {name}: {contents}" for name, contents in settings["tasks"].items()),
+        f"- {', '.join(shown)}",
+        f"- {', '.join(versions)}, {config['device']}",
+    ]
 
 
 def _temperature(value: float) -> str:

@@ -44,6 +44,12 @@ def label_steps(axes: Axes) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
+def begin_at_zero(axes: Axes) -> None:
+    """Lets the vertical axis begin a little below 0, so that a dot at 0 is whole."""
+    top = axes.get_ylim()[1]
+    axes.set_ylim(-0.03 * top, top)
+
+
 def draw_band(axes: Axes, at: Sequence[float], middle: Sequence[float], spread: Sequence[float], **style: Any) -> None:
     """A line with a band of one spread above and below; a spread of NaN has no band."""
     axes.plot(at, middle, marker="o" if len(at) <= 50 else None, markersize=3.5, **style)

@@ -76,15 +76,16 @@ def band_of(series: Iterable[dict[int, float]]) -> Band:
 
 
 def setting_text(name: str, value: object) -> str:
-    """A setting's value for a table: how many prompts there are, a model by its name, floats without trailing zeros."""
+    """A setting's value for a table: texts cut short, a model by its name, floats without trailing zeros."""
     if name == "prompts":
         assert isinstance(value, list)
-        return f"{len(value)} prompts" if len(value) > 1 else "1 prompt"
+        first = _short(str(value[0]), 24)
+        return f"{len(value)} prompts ({first.removesuffix(' ...')} ...)" if len(value) > 1 else f"1 prompt ({first})"
     if name == "model":
         return BUILT_IN if value is None else Path(str(value)).name
     if isinstance(value, float):
         return f"{value:g}"
-    return "none" if value is None else str(value)
+    return "none" if value in (None, []) else _short(str(value), 60)
 
 
 def _settings_text(run: Run, names: Sequence[str]) -> str:
@@ -96,6 +97,11 @@ def _settings_text(run: Run, names: Sequence[str]) -> str:
         )
     more = len(names) - _NAMED_SETTINGS
     return ", ".join(texts) + (f" and {more} more" if more > 0 else "")
+
+
+def _short(text: str, longest: int) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= longest else line[:longest].rstrip() + " ..."
 
 
 def _letter(number: int) -> str:

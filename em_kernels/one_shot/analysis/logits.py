@@ -1,7 +1,7 @@
 """The distribution of a model's raw logits at the positions of the tokens that it generates."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,16 @@ class LogitMoments:
 
     positions: int
     moments: Moments
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "LogitMoments":
+        moments = values["moments"]
+        # JSON has no other keys than texts.
+        bars = {int(bar): count for bar, count in moments["bars"].items()}
+        return cls(values["positions"], Moments(**{**moments, "bars": bars}))
 
 
 def measure(policy: Policy, prompts: Sequence[str], sampling: Sampling, *, seed: int, description: str) -> LogitMoments:

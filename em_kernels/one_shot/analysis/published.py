@@ -6,6 +6,8 @@ Nothing here was measured by this project. Whatever prints one of these figures 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from em_kernels.one_shot.analysis.tables import markdown_table
+
 PAPER = "arXiv 2505.20282"
 _REPOSITORY = "github.com/UbiquantAI/one-shot-em"
 # The four problem sets that the paper prints, by the names of their files.
@@ -77,14 +79,10 @@ def published_table(tasks: Collection[str] = TASKS) -> list[str]:
     shown = [task for task in TASKS if task in tasks]
     if not shown:
         return []
-    lines = [
-        f"| published | {' | '.join(TASKS[task] for task in shown)} | mean of the four | source |",
-        f"|---|{'---:|' * len(shown)}---:|---|",
+    rows = [
+        [row.model, *(str(row.percent[task]) for task in shown), f"{row.average:.1f}", row.source] for row in ACCURACIES
     ]
-    lines += [
-        f"| {row.model} | {' | '.join(str(row.percent[task]) for task in shown)} | {row.average:.1f} | {row.source} |"
-        for row in ACCURACIES
-    ]
+    lines = markdown_table(["published", *(TASKS[task] for task in shown), "mean of the four", "source"], rows)
     lines += [
         "",
         *(

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import em_kernels
 from em_kernels.one_shot.analysis.accuracies import (
+    BUILT_IN_NOTE,
     CHOSEN_ON,
     DECODINGS,
     courses,
@@ -19,11 +20,6 @@ from em_kernels.one_shot.analysis.runs import Run, differing
 from em_kernels.one_shot.analysis.tables import markdown_table
 from em_kernels.one_shot.evaluation.statistics import Estimate, mean_over_problems, paired_difference
 
-BUILT_IN_NOTE = (
-    "The built-in model made these numbers. It answers 1 to 7 % of MAWPS, SVAMP and GSM8K and 25 % of the project's "
-    "own one-step problems (100 problems a set, greedy, 256 tokens), so they show the harness and the mechanism, and "
-    "not the gain that the paper reports."
-)
 # Rows of the table of curves: the name in metrics.jsonl, the heading, and the form of a value.
 _CURVES = (
     ("loss", "loss (nats)", ".4f"),
@@ -35,6 +31,13 @@ _CURVES = (
     ("length_max", "response length, longest (tokens)", ".0f"),
     ("truncated", "truncated responses", ".1%"),
     ("repetition", "repeated 4-grams", ".1%"),
+)
+_ERRORS = (
+    "The errors of a run are standard errors over problems, and its differences are taken problem by problem on the "
+    "same problems; an error of 0 says that all of them came out alike, and not that the accuracy is known exactly. "
+    "The errors of a mean over seeds are standard errors over the seeds: they leave the choice of problems out, and "
+    f"with two or three seeds they are themselves uncertain. {CHOSEN_ON} It is chosen for each run and decoding by "
+    "itself."
 )
 # What is told of an evaluation's completions: the name in evaluations.jsonl, and the form of a value.
 _COUNTED = (("unreadable", ""), ("truncated", ""), ("length_mean", ".1f"))
@@ -89,7 +92,9 @@ def _runs_section(groups: Sequence[Group], runs: Sequence[Run]) -> list[str]:
 def _state(run: Run) -> str:
     steps = run.config.get("steps")
     state = f"{len(run.metrics)} of {steps} steps" if len(run.metrics) != steps else f"{steps} steps"
-    return state if run.finished else f"{state}, unfinished"
+    if not run.finished:
+        return f"{state}, unfinished"
+    return state if len(run.metrics) == steps else f"{state}, ended by a rule"
 
 
 def _settings_section(groups: Sequence[Group]) -> list[str]:
@@ -122,7 +127,8 @@ def _curves_section(groups: Sequence[Group]) -> list[str]:
     if not rows:
         return [*lines, "No run has finished a step."]
     lines += [
-        "Value at the first step and at the last one, with the standard deviation over seeds where there are several:",
+        "Value at the first step and at the last one: the mean over the runs that got there, with the standard "
+        "deviation over seeds where there are several.",
         "",
         *markdown_table(["", *_names(groups)], rows),
         "",
@@ -158,19 +164,13 @@ def _accuracy_section(groups: Sequence[Group]) -> list[str]:
         "last - before",
         "best - before",
     ]
-    lines += [
-        *markdown_table(header, rows, texts=3),
-        "",
-        "The errors of a run are standard errors over problems, and its differences are taken problem by problem on "
-        "the same problems. The errors of a mean over seeds are standard errors over the seeds: they leave the choice "
-        "of problems out, and with two or three seeds they are themselves uncertain. "
-        f"{CHOSEN_ON} It is chosen for each run and decoding by itself.",
-        "",
-    ]
-    lines += [f"- {line}" for line in _between(groups)]
+    lines += [*markdown_table(header, rows, texts=3), "", _ERRORS, ""]
+    said = list(_between(groups))
     if unmeasured:
-        lines += [f"- Not measured in: {', '.join(unmeasured)}."]
-    return [*lines, "", *_completions_table(groups), "", "![Accuracy by step](accuracy.png)"]
+        said.append(f"Not measured in: {', '.join(unmeasured)}.")
+    if said:
+        lines += [*(f"- {line}" for line in said), ""]
+    return [*lines, *_completions_table(groups), "", "![Accuracy by step](accuracy.png)"]
 
 
 def _accuracy_rows(group: Group) -> Iterator[list[str]]:
@@ -240,7 +240,7 @@ def _published_section(groups: Sequence[Group]) -> list[str]:
         "## Published figures",
         "",
         f"Nothing in this section but the columns of the groups was measured here. The accuracies are those of {PAPER} "
-        "and of a user, in percent, on other problems and other models than above:",
+        "and of a user, in percent, of the models and on the problem sets that are named:",
         "",
         *published_table(),
         "",

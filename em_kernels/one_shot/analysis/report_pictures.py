@@ -5,6 +5,7 @@ from pathlib import Path
 
 from em_kernels.one_shot.analysis.accuracies import DECODINGS
 from em_kernels.one_shot.analysis.drawing import (
+    begin_at_zero,
     colour,
     draw_absence,
     draw_band,
@@ -45,7 +46,7 @@ def draw_curves(target: Path, groups: Sequence[Group]) -> None:
             draw_absence(axes)
         axes.set_title(title, loc="left", fontsize=10)
         axes.set_ylabel(unit)
-        axes.set_ylim(bottom=0)
+        begin_at_zero(axes)
         label_steps(axes)
     draw_legend(figure, panels[0])
     save_figure(figure, target)
@@ -74,7 +75,7 @@ def draw_accuracy(target: Path, groups: Sequence[Group]) -> None:
                 label=f"{group.title}, {'standard error over problems' if one else 'deviation over seeds'}",
             )
         axes.set_title(f"accuracy, {decoding}", loc="left", fontsize=10)
-        axes.set_ylim(bottom=0)
+        begin_at_zero(axes)
         label_steps(axes)
     panels[0].set_ylabel("%")
     draw_legend(figure, panels[0])

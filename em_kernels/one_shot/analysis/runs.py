@@ -20,6 +20,7 @@ class Run:
 
     Attributes:
         path: the folder.
+        name: a name that no other of the runs has that were read with it.
         config: the settings by name, as the run had them.
         surroundings: what else config.json names: versions, device, number of processes.
         metrics: the lines of metrics.jsonl, one a step, in order.
@@ -28,15 +29,12 @@ class Run:
     """
 
     path: Path
+    name: str
     config: dict[str, Any]
     surroundings: dict[str, Any]
     metrics: Sequence[dict[str, Any]]
     evaluations: Sequence[dict[str, Any]]
     finished: bool
-
-    @property
-    def name(self) -> str:
-        return self.path.name or str(self.path)
 
     def values(self, metric: str) -> dict[int, float]:
         """A metric by step, without the steps at which it was not measured."""
@@ -56,8 +54,17 @@ class Run:
         return read_records(path) if path.exists() else []
 
 
-def read_run(path: Path) -> Run:
-    """Reads the folder of a run, which may be unfinished.
+def read_runs(paths: Iterable[Path]) -> list[Run]:
+    """Reads run folders, each once, as `read_run`; of several folders with one name, each is named by its path."""
+    different = {path.resolve(): path for path in paths}
+    names = [path.name for path in different]
+    return [
+        read_run(path, whole.name if names.count(whole.name) == 1 else str(path)) for whole, path in different.items()
+    ]
+
+
+def read_run(path: Path, name: str | None = None) -> Run:
+    """Reads the folder of a run, which may be unfinished, under its own name or another.
 
     Raises:
         UsageError: the folder holds no run, or one of its files is not as `train` writes it; the message has the line.
@@ -74,6 +81,7 @@ def read_run(path: Path) -> Run:
         raise UsageError(f"{config}: expected the settings of a training run, as train writes them") from None
     return Run(
         path=path,
+        name=name or path.name,
         config=settings,
         surroundings=surroundings,
         metrics=_rows(path / "metrics.jsonl", numbers=("step", "loss", "entropy", "decided"), texts=()),

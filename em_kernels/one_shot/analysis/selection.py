@@ -1,5 +1,6 @@
 """A ranking of problems by the variance of their success: a table of the first, and a histogram of all."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,12 +28,20 @@ def describe_selection(ranked: Sequence[Candidate], by: str) -> list[str]:
         [candidate.task, str(candidate.problem), _short(candidate.question), *_numbers(candidate)]
         for candidate in ranked[:_SHOWN]
     ]
+    first = ranked[0]
+    # The difference of two variances has both their errors.
+    as_good = [
+        one
+        for one in ranked[1:]
+        if first.variance - one.variance <= 1.96 * math.hypot(first.standard_error, one.standard_error)
+    ]
     varying = sum(candidate.variance > 0 for candidate in ranked)
     return [
         *markdown_table(["task", "problem", "question", "p", "variance"], rows, texts=3),
         "",
         f"p is the share of {_SHARE[by]} among {len(ranked[0].successes)}; the variance is that of one completion's "
-        f"success, and its standard error stands after ±. It is above 0 for {varying} of {len(ranked)} problems.",
+        f"success, and its standard error stands after ±. It is above 0 for {varying} of {len(ranked)} problems. "
+        f"Others that may vary as much as the first, by these errors: {len(as_good)}.",
     ]
 
 
@@ -58,7 +67,7 @@ def draw_selection(target: Path, ranked: Sequence[Candidate], by: str) -> None:
 
 
 def _numbers(candidate: Candidate) -> list[str]:
-    return [f"{candidate.share:.2f}", f"{candidate.variance:.3f} ± {candidate.standard_error:.3f}"]
+    return [f"{candidate.share:.3f}", f"{candidate.variance:.3f} ± {candidate.standard_error:.3f}"]
 
 
 def _short(question: str) -> str:

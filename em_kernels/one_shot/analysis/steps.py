@@ -7,7 +7,15 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from em_kernels.one_shot.analysis.accuracies import CHOSEN_ON, Course, courses, difference, difference_text, when
-from em_kernels.one_shot.analysis.drawing import colour, draw_absence, draw_legend, label_steps, new_axes, save_figure
+from em_kernels.one_shot.analysis.drawing import (
+    begin_at_zero,
+    colour,
+    draw_absence,
+    draw_legend,
+    label_steps,
+    new_axes,
+    save_figure,
+)
 from em_kernels.one_shot.analysis.runs import Run
 from em_kernels.one_shot.analysis.tables import markdown_table
 from em_kernels.one_shot.stopping import AGREEMENT, first_stop
@@ -74,7 +82,7 @@ def draw_steps(target: Path, runs: Sequence[Run]) -> None:
     if not any(run.evaluations for run in runs):
         draw_absence(accuracy)
     for axes in (losses, accuracy, lengths, shares):
-        axes.set_ylim(bottom=0)
+        begin_at_zero(axes)
         label_steps(axes)
     draw_legend(figure, losses, columns=3)
     save_figure(figure, target)

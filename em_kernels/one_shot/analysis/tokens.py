@@ -37,6 +37,13 @@ class TokenEntropies:
     texts: Sequence[str]
     entropies: Tensor
 
+    def to_json(self) -> dict[str, Any]:
+        return {"texts": self.texts, "entropies": self.entropies.tolist()}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "TokenEntropies":
+        return cls(values["texts"], torch.tensor(values["entropies"], dtype=torch.float64))
+
     @property
     def total(self) -> float:
         return float(self.entropies.sum())

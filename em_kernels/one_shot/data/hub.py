@@ -20,7 +20,7 @@ def read_hub_rows(source: str) -> Iterator[Row]:
     try:
         import datasets
     except ImportError:
-        raise UsageError(f"{source} needs datasets to be read: pip install datasets") from None
+        raise UsageError(f"{source} needs datasets to be read: pip install 'em_kernels[hub]'") from None
     name, *rest = source.removeprefix(PREFIX).split(":")
     if not name or len(rest) > 2:
         raise UsageError(f"{source!r} is no data set, expected {PREFIX}NAME, optionally with :SPLIT or :CONFIG:SPLIT")

@@ -194,4 +194,5 @@ def _records(
             verdict=grade.verdict.value,
             tokens=generated.tokens,
             truncated=generated.truncated,
+            logprob=generated.logprob,
         )

@@ -22,8 +22,10 @@ _CONFIG = "config.json"
 @contextlib.contextmanager
 def output_folder(
     path: Path, settings: dict[str, Any], surroundings: dict[str, Any], *, resume: bool
-) -> Iterator[None]:
+) -> Iterator[dict[str, Any]]:
     """Holds a folder until the block ends, with the settings in its config.json and whole lines in its completions.
+
+    Yields what config.json says, whose versions are those of the process that drew the first completions.
 
     If the block fails before there is a completion, nothing of the folder is left that was not there.
 
@@ -49,7 +51,7 @@ def output_folder(
                 values = {"settings": settings, **surroundings}
                 write_text(config, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
             try:
-                yield
+                yield json.loads(config.read_text(encoding="utf-8"))
             except BaseException:
                 if not completions.exists():
                     config.unlink(missing_ok=True)

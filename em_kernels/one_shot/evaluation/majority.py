@@ -60,5 +60,7 @@ def _plain(answer: str) -> str:
 
 def _clearly_different(answer: str, other: str) -> bool:
     """Whether two plain answers are different numbers of the same thing, so that nothing need be computed."""
+    if "," in answer + other:  # Two numbers, which can look like one.
+        return False
     first, second = _NUMBER.fullmatch(answer), _NUMBER.fullmatch(other)
     return first is not None and second is not None and first[2] == second[2]

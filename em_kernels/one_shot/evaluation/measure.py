@@ -110,4 +110,5 @@ def _records(
                 tokens=generated.tokens,
                 truncated=generated.truncated,
                 model=model,
+                logprob=generated.logprob,
             )

@@ -43,28 +43,31 @@ class Scores:
     varied: bool
 
 
-def score(records: Sequence[Record], *, ks: Sequence[int], same: Callable[[str, str], bool]) -> list[Scores]:
-    """The scores of each task, model and temperature, in the order in which the records name them first.
+def score(
+    records: Sequence[Record],
+    *,
+    tasks: Sequence[str],
+    models: Sequence[str],
+    ks: Sequence[int],
+    same: Callable[[str, str], bool],
+) -> list[Scores]:
+    """The scores of each task, temperature and model, in this order.
 
     Args:
-        records: graded completions.
+        records: graded completions, in any order.
+        tasks: the names of the tasks, in the order in which they are to be shown.
+        models: the names of the models, in the same way.
         ks: the k of pass@k.
         same: whether two answers that are not spelled alike are the same.
     """
-    cells: dict[tuple[str, str, float], list[Record]] = {}
+    cells: dict[tuple[int, float, int], list[Record]] = {}
     for record in records:
-        cells.setdefault((record.task, record.model, record.temperature), []).append(record)
-    return [_score(*cell, found, ks, same) for cell, found in cells.items()]
+        place = tasks.index(record.task), record.temperature, models.index(record.model)
+        cells.setdefault(place, []).append(record)
+    return [_score(cells[place], ks, same) for place in sorted(cells)]
 
 
-def _score(
-    task: str,
-    model: str,
-    temperature: float,
-    records: Sequence[Record],
-    ks: Sequence[int],
-    same: Callable[[str, str], bool],
-) -> Scores:
+def _score(records: Sequence[Record], ks: Sequence[int], same: Callable[[str, str], bool]) -> Scores:
     by_problem: dict[Hashable, list[Record]] = {}
     # Completions come in the order in which they end; votes that are as many are decided by the sample's number.
     for record in sorted(records, key=lambda record: (record.problem, record.sample)):
@@ -75,9 +78,9 @@ def _score(
     fewest = min(map(len, right.values()))
     verdicts = [record.verdict for record in records]
     return Scores(
-        task=task,
-        model=model,
-        temperature=temperature,
+        task=records[0].task,
+        model=records[0].model,
+        temperature=records[0].temperature,
         by_problem=right,
         accuracy=mean_over_problems(right),
         pass_at={

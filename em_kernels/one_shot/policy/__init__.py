@@ -1,7 +1,9 @@
 """The language model of a run, as a policy that samples completions and scores them.
 
-`policy` (the class), `model` (loading and saving), `adapter` (LoRA), `chat` (prompts as token ids), `rollout`
-(completions with their masks), `sampling` and `scoring` (the parts that the class is made of).
+`policy` is the class; `model` loads and saves, and `adapter` has LoRA. `chat` makes token ids of prompts, `stops` says
+what ends a completion, and `sampling` draws a token. `generation` completes prompts: by `decoding`, whose batch changes
+its rows in the `cache`, or, for a model whose cache does not allow it, by `library`, which is Transformers' generate().
+A `completion` is in the making, and a `rollout` is a batch of completions that are made, which `scoring` scores.
 """
 
 from em_kernels.one_shot.policy.policy import Policy

@@ -41,6 +41,8 @@ class Completion:
         prompt: the token ids of the prompt.
         uniform: the numbers of the draws, one a token, which are those of the completion's own seed.
         ids: the token ids of the completion, up to and including the one that ends it.
+        logprobs: the log-probability of each of them at temperature 1 and without filters, in nats; empty where it was
+            not measured.
         ended: whether a token or a text ended the completion.
         key: what tells the completion from others.
     """
@@ -48,17 +50,24 @@ class Completion:
     prompt: list[int]
     uniform: random.Random
     ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
     ended: bool = False
     key: Hashable = None
 
-    def extend(self, ids: Sequence[int], stops: Stops) -> None:
+    @property
+    def logprob(self) -> float | None:
+        """The mean log-probability of the tokens, or None where it was not measured."""
+        return sum(self.logprobs) / len(self.logprobs) if self.logprobs else None
+
+    def extend(self, ids: Sequence[int], stops: Stops, logprobs: Sequence[float] = ()) -> None:
         """Takes newly drawn tokens, of which those after the end of the completion are left out."""
         checked = len(self.ids)
         self.ids += ids
+        self.logprobs += logprobs
         length = stops.length(self.ids, checked)
         if length is not None:
             self.ended = True
-            del self.ids[length:]
+            del self.ids[length:], self.logprobs[length:]
 
 
 def padded(rows: Sequence[Sequence[int]], padding: int, *, left: bool) -> tuple[Tensor, Tensor]:

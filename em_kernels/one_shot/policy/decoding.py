@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from em_kernels import token_stats
 from em_kernels.one_shot.errors import UsageError
 from em_kernels.one_shot.policy import cache as rows_of
 from em_kernels.one_shot.policy.completion import Completion, Decoding, padded, seen_tokens
 from em_kernels.one_shot.policy.sampling import draw
 
-# Between two looks at which completions have ended; until the second look, those that have are carried along.
+# Between two looks at which completions have ended; until the second look, those that have are carried along. With the
+# built-in model and 8 places, 16 word problems took 25.0 CPU seconds at 1, 24.5 at 4, 24.1 at 8 and 25.2 at 16.
 _STEPS = 8
 # Prompts of more tokens than this together are taken in parts, because their activations are large.
 _PREFILL_TOKENS = 4096
@@ -103,8 +105,8 @@ class _Batch:
         seen = None
         if self.sampling.repetition_penalty != 1:
             seen = seen_tokens([completion.prompt for completion in new], read.logits.shape[1], self.device)
-        drawn = self._draw(read.logits[rows], self._uniform(new, 1)[:, 0], seen)
-        self._take(new, drawn[:, None])
+        drawn, logprob = self._draw(read.logits[rows], self._uniform(new, 1)[:, 0], seen)
+        self._take(new, drawn[:, None], logprob[:, None])
         cache, attended = rows_of.select(read.cache, rows, read.attended.shape[1]), read.attended[rows]
         if not self.completions:
             self.completions, self.cache, self.attended, self.last, self.seen = new, cache, attended, drawn, seen
@@ -135,13 +137,14 @@ class _Batch:
         left = self.sampling.max_new_tokens - max(len(completion.ids) for completion in self.completions)
         steps = min(_STEPS, left)
         uniform = self._uniform(self.completions, steps)
-        drawn = []
+        drawn, logprobs = [], []
         for step in range(steps):
             self.attended = functional.pad(self.attended, (0, 1), value=True)
             logits = self._forward(self.last[:, None], self.attended, self.cache)
-            self.last = self._draw(logits, uniform[:, step], self.seen)
+            self.last, logprob = self._draw(logits, uniform[:, step], self.seen)
             drawn.append(self.last)
-        self._take(self.completions, torch.stack(drawn, dim=1))
+            logprobs.append(logprob)
+        self._take(self.completions, torch.stack(drawn, dim=1), torch.stack(logprobs, dim=1))
         return steps
 
     @torch.no_grad()
@@ -175,23 +178,26 @@ class _Batch:
             )
         return output.logits[:, -1]
 
-    def _draw(self, logits: Tensor, uniform: Tensor, seen: Tensor | None) -> Tensor:
+    def _draw(self, logits: Tensor, uniform: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The next tokens, and their log-probabilities at temperature 1."""
         drawn, largest = draw(logits, self.sampling, uniform, seen)
         self.largest = largest
         if seen is not None:
             seen.scatter_(1, drawn[:, None], True)
-        return drawn
+        logprob = token_stats(logits, drawn).logprob
+        assert logprob is not None
+        return drawn, logprob
 
     def _uniform(self, completions: Sequence[Completion], steps: int) -> Tensor:
         numbers = [[completion.uniform.random() for _ in range(steps)] for completion in completions]
         return torch.tensor(numbers, dtype=torch.float64).to(self.device)
 
-    def _take(self, completions: Sequence[Completion], drawn: Tensor) -> None:
+    def _take(self, completions: Sequence[Completion], drawn: Tensor, logprobs: Tensor) -> None:
         # A NaN among the logits stays in the cache, so that it is enough to look at the last ones.
         if not bool(self.largest.isfinite().all()):
             raise UsageError("the model's logits are not finite: it has diverged, lower the learning rate")
-        for completion, ids in zip(completions, drawn.tolist(), strict=True):
-            completion.extend(ids, self.decoding.stops)
+        for completion, ids, of_ids in zip(completions, drawn.tolist(), logprobs.tolist(), strict=True):
+            completion.extend(ids, self.decoding.stops, of_ids)
 
 
 def _widened(mask: Tensor, columns: int) -> Tensor:

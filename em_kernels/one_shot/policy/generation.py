@@ -1,7 +1,7 @@
 """What a policy is asked to complete, what comes back, and the choice of what completes it."""
 
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -35,12 +35,16 @@ class Generated:
         text: the completion without special tokens, up to the text that ends it.
         tokens: the number of tokens, the one that ended the completion included.
         truncated: whether the completion has the greatest length and nothing has ended it.
+        logprob: the mean log-probability of the tokens at temperature 1 and without filters, in nats; None where it
+            was not measured.
     """
 
     key: Hashable
     text: str
     tokens: int
     truncated: bool
+    # The same completion in other company has another rounding.
+    logprob: float | None = field(default=None, compare=False)
 
 
 def finish(

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from em_kernels.models.head import OutputHead
 from em_kernels.one_shot.policy.chat import OWN_TEMPLATE, ChatFormat, encode_prompts
@@ -17,6 +16,7 @@ from em_kernels.one_shot.policy.rollout import Rollout, join
 from em_kernels.one_shot.policy.sampling import Sampling, derive_seed
 from em_kernels.one_shot.policy.scoring import scoring_inputs
 from em_kernels.one_shot.policy.stops import find_stops
+from em_kernels.one_shot.progress import progress
 
 
 class Policy:
@@ -98,9 +98,7 @@ class Policy:
         """Draws as `sample` does, after prompts that are token ids."""
         check_context(self.model, max(len(ids) for ids in prompts), sampling.max_new_tokens)
         batch = [Completion(ids, random.Random(derive_seed(seed, i))) for i, ids in enumerate(prompts)]
-        with tqdm(
-            total=sampling.max_new_tokens, desc=description, unit="token", leave=False, disable=not show_progress
-        ) as bar:
+        with progress(sampling.max_new_tokens, description, "tokens", show=show_progress) as bar:
             decoding = self._decoding(sampling)
             # Entered here, autocast converts the weights once, and not every few tokens.
             with self.computing():
@@ -134,11 +132,12 @@ class Policy:
         decoding = self._decoding(sampling)
         total = len(requests) if isinstance(requests, Sized) else None
         completions = (self._begin(request, sampling) for request in requests)
-        with tqdm(total=total, desc=description, unit="completion", leave=False, disable=not show_progress) as bar:
+        with progress(total, description, "completions", show=show_progress) as bar:
             for completion in finish(decoding, completions, at_once, lambda _: None):
                 bar.update(1)
                 text = decoding.stops.text(completion.ids)
-                yield Generated(completion.key, text, len(completion.ids), not completion.ended)
+                truncated = not completion.ended
+                yield Generated(completion.key, text, len(completion.ids), truncated, completion.logprob)
 
     def texts(self, rollout: Rollout) -> list[str]:
         """The completions as text, without special tokens, up to the first of the texts that end a completion."""

@@ -95,6 +95,6 @@ def draw(logits: Tensor, sampling: Sampling, uniform: Tensor, seen: Tensor | Non
     exact = torch.float32 if logits.device.type == "mps" else torch.float64
     cumulative = scaled.softmax(dim=-1).cumsum(dim=-1, dtype=exact)
     total = cumulative[:, -1:]
-    # Below the total, so that rounding leads to no token beyond the last that has any probability.
+    # In float32 a number can round to 1, which leads to no token; it has to stay below the total.
     target = torch.minimum(uniform[:, None].to(exact) * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=logits.shape[1] - 1), largest

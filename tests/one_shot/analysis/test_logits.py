@@ -64,6 +64,24 @@ def test_the_command_compares_models(tiny_folder: Path, tmp_path: Path, capsys: 
     assert np.ptp(image.imread(output / "logits.png")[..., :3]) > 0.5
 
 
+@pytest.mark.parametrize("kind", ["logits", "tokens"])
+def test_what_was_measured_is_not_measured_again(kind: str, tiny_folder: Path, tmp_path: Path) -> None:
+    """The command goes on without a model that is gone, unless it was measured by other settings."""
+    model, output = tmp_path / "model", tmp_path / "output"
+    model.symlink_to(tiny_folder)
+    command = ["analyze", kind, str(model), "--prompt", "2+2?", "--max-new-tokens", "4", "--output", str(output)]
+    assert main(command) == 0
+    rows = output / f"{kind}.jsonl"
+    first = json.loads(rows.read_text())
+    rows.unlink()
+    model.unlink()
+    assert main([*command, "--resume"]) == 0
+    # A folder that is gone is named by its path.
+    assert json.loads(rows.read_text()) == {**first, "model": str(model)}
+    assert main([*command, "--resume", "--seed", "1"]) == 2
+    assert main(command) == 2
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

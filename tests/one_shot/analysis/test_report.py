@@ -7,8 +7,9 @@ from matplotlib import image
 from run_folders import metrics_row, write_run
 
 from em_kernels.cli import main
+from em_kernels.one_shot.analysis.accuracies import BUILT_IN_NOTE
 from em_kernels.one_shot.analysis.groups import band_of, named_groups
-from em_kernels.one_shot.analysis.report import BUILT_IN_NOTE, write_page
+from em_kernels.one_shot.analysis.report import write_page
 from em_kernels.one_shot.analysis.runs import read_run
 
 _WORSE, _BETTER = [True] * 2 + [False] * 10, [True] * 8 + [False] * 4
@@ -36,8 +37,8 @@ def test_groups_are_named_by_what_differs(tmp_path: Path) -> None:
     one = [write_run(tmp_path / f"one{seed}", seed=seed, prompts=("a",)) for seed in range(2)]
     many = write_run(tmp_path / "many", prompts=("a", "b"), temperature=0.7, learning_rate=1e-4)
     first, second = named_groups(read_run(folder) for folder in (*one, many))
-    assert (first.title, len(first.runs)) == ("A: 1 prompt, learning_rate 2e-05 and 1 more", 2)
-    assert second.title == "B: 2 prompts, learning_rate 0.0001 and 1 more"
+    assert (first.title, len(first.runs)) == ("A: 1 prompt (a), learning_rate 2e-05 and 1 more", 2)
+    assert second.title == "B: 2 prompts (a ...), learning_rate 0.0001 and 1 more"
     assert [group.title for group in named_groups(read_run(folder) for folder in one)] == ["all"]
 
 
@@ -77,6 +78,8 @@ def test_unlike_versions_unfinished_and_unmeasured_runs_are_said(tmp_path: Path)
     assert "Versions that are not the same in all runs" in page
     assert _cells(page, "torch")[0] == ["torch", "2.9", "2.13", "2.9"]
     assert "1 of 4 steps, unfinished" in page
+    stopped = write_run(tmp_path / "stopped", rows=[metrics_row(1)], stop_when=("loss<0.5",))
+    assert "1 of 4 steps, ended by a rule" in _page(stopped)
     assert "- Not measured in: cut, empty." in page
     assert "No run has finished a step" in _page(empty)
     assert "No run has measured its accuracy" in _page(empty)

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from run_folders import metrics_row, write_lines, write_run
 
-from em_kernels.one_shot.analysis.runs import differing, group_runs, read_run
+from em_kernels.one_shot.analysis.runs import differing, group_runs, read_run, read_runs
 from em_kernels.one_shot.errors import UsageError
 
 
@@ -25,6 +25,12 @@ def test_decodings_are_kept_apart(tmp_path: Path) -> None:
     write_lines(folder / "evaluations.jsonl", [greedy, sampled])
     run = read_run(folder)
     assert (run.accuracies("greedy"), run.accuracies("sampled")) == ({0: greedy}, {0: sampled})
+
+
+def test_names_of_runs_tell_them_apart(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / name) for name in ("a/demo", "b/demo", "b/other")]
+    names = [run.name for run in read_runs([*folders, tmp_path / "a" / ".." / "b" / "other"])]
+    assert names == [str(folders[0]), str(folders[1]), "other"]
 
 
 def test_runs_that_differ_in_the_seed_are_a_group(tmp_path: Path) -> None:

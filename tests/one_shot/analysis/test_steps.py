@@ -6,6 +6,7 @@ from matplotlib import image
 from run_folders import metrics_row, write_run
 
 from em_kernels.cli import main
+from em_kernels.one_shot.analysis.accuracies import BUILT_IN_NOTE
 from em_kernels.one_shot.analysis.runs import read_run
 from em_kernels.one_shot.analysis.steps import describe_steps
 
@@ -63,7 +64,9 @@ def test_what_each_stopping_rule_would_have_chosen(tmp_path: Path) -> None:
 def test_the_command_writes_a_table_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, output = write_run(tmp_path / "run", verdicts=_RIGHT), tmp_path / "made" / "output"
     assert main(["analyze", "steps", str(folder), "--output", str(output)]) == 0
-    assert (output / "steps.md").read_text() in capsys.readouterr().out
+    text = (output / "steps.md").read_text()
+    assert text in capsys.readouterr().out
+    assert BUILT_IN_NOTE in text
     picture = image.imread(output / "steps.png")
     assert np.ptp(picture[..., :3]) > 0.5
     assert sorted(path.name for path in output.iterdir()) == ["steps.md", "steps.png"]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hostile_server import HostileServer, answering, completion, ending, hostile_server
 
+from em_kernels import __version__
 from em_kernels.cli import main
 from em_kernels.one_shot.evaluation.engines import server as server_module
 from em_kernels.one_shot.evaluation.records import Record, read_records
@@ -50,11 +51,12 @@ def test_models_are_measured_on_the_same_draws(tmp_path: Path, capsys: pytest.Ca
     options = ["weak", "strong", "--task", tasks, "--temperature", "0,0.7", "--samples", "4", "--pass-at", "2"]
     with hostile_server(otherwise=_skilled) as server:
         assert _evaluate(server, tmp_path / "out", *options) == 0
-        bodies = server.bodies
+        # Each model is asked for one token first, to see that it is there.
+        bodies = server.bodies[2:]
     draws = {model: Counter((b["temperature"], b["seed"]) for b in bodies if b["model"] == model) for model in _SKILL}
     assert draws["weak"] == draws["strong"]
     # No two completions of a model share a draw, and the most likely token is taken once.
-    assert len(draws["weak"]) == len(bodies) / 2 == 10 + 4 * 10
+    assert len({seed for _, seed in draws["weak"]}) == len(bodies) / 2 == 10 + 4 * 10
 
     records = read_records(tmp_path / "out" / "completions.jsonl")
     assert len(_by_key(records)) == 100
@@ -66,6 +68,8 @@ def test_models_are_measured_on_the_same_draws(tmp_path: Path, capsys: pytest.Ca
         mean = sum(r.verdict == "right" for r in own) / len(own)
         assert re.search(rf"^\| sums +\| {model} +\| 0\.7 +\| +{100 * mean:.1f}% ± [\d.]+% \|", table, re.MULTILINE)
     assert "mean of the tasks" in table
+    assert "- task sums: 4 problems, SHA-256 " in table
+    assert f"em_kernels {__version__}, python " in table
     assert "All completions of each problem are the same" not in table
     assert "| Qwen2.5-Math-7B" in table
     assert "135M" not in table
@@ -83,6 +87,17 @@ def test_a_model_does_not_differ_from_itself(tmp_path: Path, capsys: pytest.Capt
         line for line in differences if "weak-2" in line and line.endswith("+0.0 ± 0.0 points, no difference seen |")
     ]
     assert [line for line in differences if "strong" in line and "no difference" not in line]
+
+
+def test_a_server_without_the_second_model_is_asked_for_nothing_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with hostile_server(_skilled, otherwise=answering({"error": {"message": "no model strnog"}}, 404)) as server:
+        task = _problems(tmp_path / "sums.jsonl", 3)
+        assert _evaluate(server, tmp_path / "out", "weak", "strnog", "--task", task) == 2
+        assert [body["model"] for body in server.bodies] == ["weak", "strnog"]
+    assert capsys.readouterr().err.endswith("HTTP 404, no model strnog\n")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("dying", [ending, answering({"error": "overloaded"}, 503)])
@@ -121,6 +136,7 @@ def test_what_is_there_when_the_server_dies_is_kept(
         (["evaluate", "--endpoint", "nowhere", "m"], "endpoint is 'nowhere', expected an address"),
         (["evaluate", "--top-p", "2"], "top_p is 2.0, expected a finite number above 0 and at most 1"),
         (["evaluate", "absent/folder/model"], "model 'absent/folder/model' cannot be loaded"),
+        (["evaluate", "built-in", "absent/folder/model"], "model 'absent/folder/model' cannot be loaded"),
         (["evaluate", "--chat-template", "absent.jinja"], "absent.jinja cannot be read"),
         (["select", "built-in", "--samples", "1"], "samples is 1 and temperature 0.5, expected at least 2 and above 0"),
         (["select", "built-in", "--temperature", "0"], "samples is 8 and temperature 0, expected"),

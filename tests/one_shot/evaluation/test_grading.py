@@ -45,6 +45,13 @@ def test_any_accepted_answer_is_right_and_its_unit_and_tolerance_count(grader: G
     assert grader.grade(f"The answer is ${answers[3]}$", problem).verdict is expected[3]
 
 
+def test_a_problem_without_answers_has_no_verdict_but_an_answer_is_found(grader: Grader) -> None:
+    problem = Problem("How many melons are left?", ())
+    assert grader.grade("It is \\boxed{19}.", problem) == Grade(Verdict.UNGRADED, "19")
+    assert grader.grade("I do not know.", problem) == Grade(Verdict.UNREADABLE, None)
+    assert grader.grade("So 19", problem, truncated=True) == Grade(Verdict.UNFINISHED, None)
+
+
 @pytest.mark.parametrize(
     ("text", "grade"),
     [

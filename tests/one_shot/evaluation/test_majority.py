@@ -36,10 +36,12 @@ def test_other_answers_are_compared_as_the_grader_compares() -> None:
     with Grader() as grader:
         found = majority(_votes("\\frac{1}{2}", "2", "0.5", "x + 1", "1 + x", "50\\%"), grader.same)
         assert found == [0, 2, 5]
+        assert majority(_votes("100200", "100,200", "100, 200"), grader.same) == [0, 1]
+        assert majority(_votes("7", "100,200", "100, 200"), grader.same) == [1, 2]
         assert grader.same("3400 m", "3.4 km")
         assert not grader.same("\\frac{1}{", "\\frac{1}{2}")
 
 
 def test_right_and_wrong_answers_are_different() -> None:
-    votes = [Vote("12.7", "wrong"), Vote("12.699", "right"), Vote("12.7", "wrong")]
+    votes = [Vote("12.7", "wrong"), Vote("8\\sqrt[3]{4}", "right"), Vote("127/10", "wrong"), Vote("12.7", "right")]
     assert majority(votes, lambda answer, other: True) == [0, 2]

@@ -10,7 +10,9 @@ from em_kernels.one_shot.errors import UsageError
 from em_kernels.one_shot.policy import Policy, decoding
 from em_kernels.one_shot.policy.cache import rows_can_change
 from em_kernels.one_shot.policy.chat import ChatFormat, encode_prompts
-from em_kernels.one_shot.policy.generation import Generated, Request
+from em_kernels.one_shot.policy.completion import Completion
+from em_kernels.one_shot.policy.generation import Generated, Request, finish
+from em_kernels.one_shot.policy.rollout import join
 from em_kernels.one_shot.policy.sampling import Sampling, derive_seed, draw
 
 PROMPTS = ["1+1?", "a much longer prompt", "x", "1+1?", "a longer one", "three", "1+1?", "42"]
@@ -73,6 +75,20 @@ def widths(policy: Policy) -> list[tuple[int, int]]:
     seen: list[tuple[int, int]] = []
     policy.model.model.layers[0].register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape[:2])))
     return seen
+
+
+def test_log_probabilities_are_those_at_temperature_one_without_filters(policy: Policy) -> None:
+    sampling = Sampling(0.5, 12, top_k=5, repetition_penalty=1.2)
+    prompts = encode_prompts(policy.tokenizer, PROMPTS[:3], ChatFormat())
+    completions = [Completion(prompt, random.Random(i)) for i, prompt in enumerate(prompts)]
+    list(finish(policy._decoding(sampling), completions, 2, lambda _: None))
+    rollout = join(completions, 0, torch.device("cpu"))
+    with torch.no_grad():
+        logprobs = policy.completion_logits(rollout).log_softmax(dim=-1)
+    for completion, expected in zip(completions, logprobs, strict=True):
+        ids = torch.tensor(completion.ids)
+        assert completion.logprobs == pytest.approx(expected[range(len(ids)), ids].tolist(), abs=1e-4)
+        assert completion.logprob == pytest.approx(sum(completion.logprobs) / len(ids))
 
 
 def test_a_prompt_is_read_once_for_all_of_its_completions(policy: Policy, widths: list[tuple[int, int]]) -> None:
@@ -142,12 +158,29 @@ def test_long_prompts_are_read_in_parts(
     assert read == [(1, 12), (1, 28), (2, 12), (2, 20), (2, 12)]
 
 
+def test_no_places(policy: Policy) -> None:
+    with pytest.raises(UsageError, match="at_once is 0, expected an integer of at least 1"):
+        _complete(policy, Sampling(None, 4), 0)
+
+
 @pytest.mark.parametrize("temperature", [None, 1.0])
 def test_diverged_model_is_an_error(policy: Policy, temperature: float | None) -> None:
     with torch.no_grad():
         policy.model.model.norm.weight.fill_(torch.nan)
     with pytest.raises(UsageError, match="the model's logits are not finite"):
         policy.sample(["1+1?"], Sampling(temperature, 4), seed=0, description="", show_progress=False)
+
+
+def test_without_end_tokens_every_completion_has_the_greatest_length(policy: Policy) -> None:
+    policy.model.generation_config.eos_token_id = policy.tokenizer.eos_token = None
+    policy.tokenizer.chat_template = "{{ messages[0].content }}"
+    for model in (policy.model, tiny_architecture("phi3")):
+        model.generation_config.eos_token_id = None
+        endless = Policy(model, policy.tokenizer)
+        rollout = endless.sample(PROMPTS, Sampling(None, 30), seed=0, description="", show_progress=False)
+        assert rollout.truncated.all()
+        assert rollout.completion_mask.all()
+        assert rollout.completion_mask.shape == (len(PROMPTS), 30)
 
 
 def test_code_that_is_not_transformers_own_completes_by_generate(policy: Policy) -> None:

@@ -139,6 +139,9 @@ def test_repetition_penalty_counts_the_prompt_and_the_completion(
         policy.model.lm_head.weight.abs_()
         policy.model.model.norm.weight.abs_()
         policy.model.model.norm.register_forward_hook(lambda module, inputs, output: output.abs())
+        # The token that pads is by far the most likely one, until it is drawn.
+        policy.tokenizer.pad_token = "z"
+        policy.model.lm_head.weight[policy.tokenizer.pad_token_id] += 1
     rollout = _sample(policy, prompts, temperature=None, repetition_penalty=1e6)
     prompt_tokens = rollout.input_ids.shape[1] - rollout.completion_mask.shape[1]
     for ids, attended, completion in zip(
@@ -150,6 +153,7 @@ def test_repetition_penalty_counts_the_prompt_and_the_completion(
     for prompt, completion in zip(prompts, rollout.completion_ids(), strict=True):
         [alone] = _sample(policy, [prompt], temperature=None, repetition_penalty=1e6).completion_ids()
         assert completion.tolist() == alone.tolist()
+        assert completion[0] == policy.tokenizer.pad_token_id
 
 
 @pytest.mark.parametrize("max_new_tokens", [241, 10_000])

@@ -85,3 +85,19 @@ def test_completions_end_with_a_given_text(policy: Policy, by_generate: bool, mo
 def _ended(policy: Policy, rollout: Any, stop: str) -> torch.Tensor:
     last = [policy.tokenizer.decode(ids) for ids in rollout.completion_ids()]
     return torch.tensor([text.endswith((stop, "<end>")) for text in last])
+
+
+def test_generate_stops_when_all_texts_have_ended(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("em_kernels.one_shot.policy.generation.rows_can_change", lambda model: False)
+    passes: list[int] = []
+    policy.model.lm_head.register_forward_hook(lambda *_: passes.append(1))
+    # The model is made to write one letter and nothing else.
+    [letter] = _ids(policy.tokenizer, "Q")
+    policy.model.lm_head.register_forward_hook(
+        lambda _, inputs, logits: logits.index_fill(-1, torch.tensor(letter), 99)
+    )
+    stopping = Policy(policy.model, policy.tokenizer, chat=ChatFormat(stop=("QQQ",)))
+    rollout = stopping.sample(["1+1?", "x"], Sampling(None, 24), seed=0, description="", show_progress=False)
+    assert rollout.completion_mask.sum(1).tolist() == [3, 3]
+    assert stopping.texts(rollout) == ["", ""]
+    assert len(passes) == 3

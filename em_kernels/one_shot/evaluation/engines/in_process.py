@@ -2,13 +2,32 @@
 
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
+from transformers import AutoConfig
 
+from em_kernels.one_shot.errors import UsageError
 from em_kernels.one_shot.evaluation.engines import Engine
 from em_kernels.one_shot.policy import Policy
+from em_kernels.one_shot.policy.adapter import is_adapter
 from em_kernels.one_shot.policy.chat import ChatFormat
 from em_kernels.one_shot.policy.model import load_model
+
+
+def check_model(source: str, *, trust_remote_code: bool) -> None:
+    """Reads the configuration of a model, which takes a moment where the model itself takes minutes.
+
+    Raises:
+        UsageError: there is no such model.
+    """
+    if is_adapter(Path(source)):
+        return
+    try:
+        AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise UsageError(f"model {source!r} cannot be loaded: {reason}") from error
 
 
 def load_engine(

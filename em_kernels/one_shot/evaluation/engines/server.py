@@ -62,6 +62,14 @@ class Server:
         self._knows_neutral = True
         self._changing = threading.Lock()
 
+    def check(self) -> None:
+        """Asks for one token.
+
+        Raises:
+            UsageError: as `complete`.
+        """
+        self._complete(Request("check", "2 + 2?", 0), Sampling(None, max_new_tokens=1), threading.Event())
+
     def complete(
         self, requests: Sequence[Request], sampling: Sampling, *, description: str, show_progress: bool = True
     ) -> Iterator[Generated]:

@@ -72,4 +72,4 @@ def test_a_real_server_says_what_the_model_says_in_the_process(model: Path, endp
             assert (served[key].completion, served[key].tokens) == (own[key].completion, own[key].tokens)
     # Samples are drawn: hardly any two of the same problem are alike.
     assert len({record.completion for record in served.values()}) > 8
-    assert json.loads((tmp_path / "served" / "config.json").read_text())["settings"]["on a server"]
+    assert json.loads((tmp_path / "served" / "config.json").read_text())["settings"]["dtype"] == "of the server"

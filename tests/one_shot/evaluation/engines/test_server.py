@@ -1,5 +1,6 @@
 import socket
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -65,6 +66,13 @@ def test_a_request_without_a_usable_answer_is_asked_again(behaviour: Behaviour) 
         found = _complete(_server(server.url))
         assert found == [Generated(i, f"question {i}", 3, False) for i in range(5)]
         assert len(server.bodies) == 7
+
+
+def test_a_server_is_left_alone_as_long_as_it_asks_for() -> None:
+    with hostile_server(answering({}, 429, Retry_After="1")) as server:
+        started = time.monotonic()
+        assert len(_complete(_server(server.url), _REQUESTS[:1])) == 1
+        assert time.monotonic() - started >= 1
 
 
 def test_what_the_server_is_asked() -> None:
