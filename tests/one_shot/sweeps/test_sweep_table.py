@@ -60,7 +60,10 @@ def test_table_to_read(tmp_path: Path, results: list[Result]) -> None:
         "sampled best (step)": "12.5% ± 0.0% (0)",
     }
     assert _cells(warm)[:6] == ["0.3", "1", "1", "0.4000", "0.8000", "25.0%"]
-    assert any("32 problems" in note and "chosen on the very accuracy that is shown" in note for note in notes)
+    assert any(
+        "32 problems" in note and "The best step is chosen on the problems that it is shown on" in note
+        for note in notes
+    )
 
 
 def test_rows_to_compute_with(tmp_path: Path, results: list[Result]) -> None:
