@@ -103,6 +103,15 @@ def test_generation_and_the_model_afterwards_are_as_they_were() -> None:
     assert torch.equal(model(**batch).logits, logits)
 
 
+def test_a_generate_that_was_taken_before_is_an_error_while_the_model_is_attached() -> None:
+    model, tokens = llama(), labelled_batch()["input_ids"]
+    generate = model.generate
+    drawn = generate(tokens, max_new_tokens=3, do_sample=False)
+    with entropy_outputs(model), pytest.raises(RuntimeError, match="generate was taken from the model before it was"):
+        generate(tokens, max_new_tokens=3, do_sample=False)
+    assert torch.equal(generate(tokens, max_new_tokens=3, do_sample=False), drawn)
+
+
 def test_a_copy_of_an_attached_model_is_attached_to_itself() -> None:
     model, batch = llama(), labelled_batch()
     attach(model)

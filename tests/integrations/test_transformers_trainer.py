@@ -248,6 +248,9 @@ def test_the_callback_logs_at_the_end_of_an_epoch_and_leaves_nothing(
     trainer.train()
     assert [entry["step"] for entry in trainer.state.log_history if "entropy" in entry] == [1, 2]
     assert "training_step" not in vars(trainer)
+    own = trainer.training_step = trainer.training_step
+    trainer.train()
+    assert vars(trainer)["training_step"] is own
 
 
 def test_the_callback_takes_the_entropy_of_trls_output(tmp_path: Path) -> None:
