@@ -210,7 +210,7 @@ def test_a_model_that_accelerate_dispatches() -> None:
 
 
 @pytest.mark.slow
-def test_a_compiled_model() -> None:
+def test_a_compiled_model(recwarn: pytest.WarningsRecorder) -> None:
     model, batch = granite(), labelled_batch()
     attach(model)
     expected = model(**batch)
@@ -222,6 +222,7 @@ def test_a_compiled_model() -> None:
     actual.loss.backward()
     torch.testing.assert_close(actual.token_stats.entropy, expected.token_stats.entropy)
     _assert_close(_gradients(model), gradients)
+    assert not [warning for warning in recwarn if "lru_cache" in str(warning.message)]
     detach(compiled)
     assert compiled(**batch).logits.shape[-1] == VOCABULARY
 
