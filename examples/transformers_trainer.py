@@ -1,29 +1,29 @@
 """Entropy minimisation in Transformers' own Trainer: it makes no logits, and it logs what it lowers.
 
-python examples/transformers_trainer.py --model HuggingFaceTB/SmolLM2-135M-Instruct --steps 10
+python examples/transformers_trainer.py
 """
 
 import argparse
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 
 from em_kernels.integrations.transformers import EntropyCallback, EntropyTrainer, entropy_outputs
+from em_kernels.one_shot.policy.model import load_model
 
 parser = argparse.ArgumentParser()
-parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="name or folder")
+parser.add_argument("--model", help="name or folder; the built-in model unless given")
 parser.add_argument("--prompt", default="A shelf holds 6 rows of 9 jars. 17 jars are sold. How many jars are left?")
-parser.add_argument("--steps", type=int, default=10)
-parser.add_argument("--batch-size", type=int, default=16)
-parser.add_argument("--max-new-tokens", type=int, default=64)
+parser.add_argument("--steps", type=int, default=4)
+parser.add_argument("--batch-size", type=int, default=8)
+parser.add_argument("--max-new-tokens", type=int, default=32)
 parser.add_argument("--temperature", type=float, default=0.5)
 parser.add_argument("--learning-rate", type=float, default=1e-5)
 parser.add_argument("--output", default="runs/transformers_trainer")
 args = parser.parse_args()
 
 set_seed(0)
-tokenizer = AutoTokenizer.from_pretrained(args.model)
-model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+model, tokenizer = load_model(args.model)
 
 # The model's own completions of the prompt are the data. The prompt and what follows a completion's end have no label.
 chat = [{"role": "user", "content": args.prompt}]

@@ -98,9 +98,16 @@ def _train_on_rank(
 
 
 @pytest.mark.parametrize(
-    ("stage", "in_parts"), [(2, True), (3, True), (3, False)], ids=["zero2", "zero3", "zero3, loaded whole"]
+    ("make", "stage", "in_parts"),
+    [
+        (_attached, 2, False),
+        (_attached, 3, True),
+        (_on_logits, 3, True),
+        (_without_logits, 2, False),
+        (_without_logits, 3, True),
+        (_without_logits, 3, False),
+    ],
 )
-@pytest.mark.parametrize("make", [_attached, _on_logits, _without_logits])
 def test_zero_trains_as_one_process_does(
     make: Callable[..., Trainer], stage: int, in_parts: bool, tmp_path: Path
 ) -> None:

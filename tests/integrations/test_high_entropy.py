@@ -97,14 +97,22 @@ def test_a_rank_without_tokens_takes_part() -> None:
     assert marked[1].equal(expected_mask(*other, 0.3))
 
 
-def test_errors() -> None:
-    entropy = torch.rand(3)
-    for share in (0.0, -0.1, 1.1, torch.nan):
-        with pytest.raises(ValueError, match="share is"):
-            high_entropy_mask(entropy, share=share)
+@pytest.mark.parametrize("share", [0.0, -0.1, 1.1, torch.nan])
+def test_a_share_that_is_none_is_refused(share: float) -> None:
+    with pytest.raises(ValueError, match="share is"):
+        high_entropy_mask(torch.rand(3), share=share)
+
+
+def test_a_share_of_another_type_is_refused() -> None:
     with pytest.raises(TypeError, match="share is a str"):
-        high_entropy_mask(entropy, share="0.2")  # type: ignore[arg-type]
+        high_entropy_mask(torch.rand(3), share="0.2")  # type: ignore[arg-type]
+
+
+def test_integers_are_refused() -> None:
     with pytest.raises(TypeError, match=r"entropy has dtype torch\.int64"):
         high_entropy_mask(torch.ones(3, dtype=torch.long))
+
+
+def test_a_mask_of_another_shape_is_refused() -> None:
     with pytest.raises(ValueError, match=r"mask has shape \(2,\), expected that of entropy, \(3,\)"):
-        high_entropy_mask(entropy, torch.ones(2))
+        high_entropy_mask(torch.rand(3), torch.ones(2))

@@ -95,13 +95,22 @@ def test_a_vocabulary_of_two_ranks() -> None:
         assert_same(own, ([x.detach() for x in outputs], [of_hidden, of_rank]), 1e-5)
 
 
-def test_errors() -> None:
-    hidden, weight, target = operands(5)
+def test_without_a_process_group_ranks_are_refused() -> None:
     with pytest.raises(RuntimeError, match=r"torch\.distributed is not initialised"):
-        ours.liger_fused_linear_scaled_cross_entropy_tp(hidden, weight, target, None)
-    with pytest.raises(ValueError, match=r"selected_token_ids has shape \(1, 1\)"):
-        ours.LigerFusedLinearScaledCrossEntropyFunction.apply(
-            hidden, weight, target, ignore_index=IGNORED, selected_token_ids=torch.tensor([[1]])
-        )
-    with pytest.raises(ValueError, match=f"target has {IGNORED}"):
-        ours.LigerFusedLinearScaledCrossEntropyFunction.apply(hidden, weight, target)
+        ours.liger_fused_linear_scaled_cross_entropy_tp(*operands(5), None)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"ignore_index": IGNORED, "selected_token_ids": torch.tensor([[1]])},
+            r"selected_token_ids has shape \(1, 1\)",
+        ),
+        ({}, f"target has {IGNORED}"),
+    ],
+    ids=["selected tokens", "ignored target"],
+)
+def test_what_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ours.LigerFusedLinearScaledCrossEntropyFunction.apply(*operands(5), **options)

@@ -103,6 +103,15 @@ def test_generation_and_the_model_afterwards_are_as_they_were() -> None:
     assert torch.equal(model(**batch).logits, logits)
 
 
+def test_a_generate_that_was_taken_before_is_an_error_while_the_model_is_attached() -> None:
+    model, tokens = llama(), labelled_batch()["input_ids"]
+    generate = model.generate
+    drawn = generate(tokens, max_new_tokens=3, do_sample=False)
+    with entropy_outputs(model), pytest.raises(RuntimeError, match="generate was taken from the model before it was"):
+        generate(tokens, max_new_tokens=3, do_sample=False)
+    assert torch.equal(generate(tokens, max_new_tokens=3, do_sample=False), drawn)
+
+
 def test_a_copy_of_an_attached_model_is_attached_to_itself() -> None:
     model, batch = llama(), labelled_batch()
     attach(model)
@@ -117,23 +126,61 @@ def test_a_copy_of_an_attached_model_is_attached_to_itself() -> None:
     assert model(**batch).logits is None
 
 
-def test_bad_calls() -> None:
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda model: attach(model, ("entropie",)),
+            ValueError,
+            "stats has 'entropie', expected any of 'entropy', 'ls",
+        ),
+        (lambda model: attach(model, ()), ValueError, "stats is empty"),
+        (lambda model: attach(model, temperature=-1.0), ValueError, r"temperature is -1.0, expected a positive number"),
+        (detach, RuntimeError, "LlamaForCausalLM is not attached"),
+    ],
+    ids=["unknown statistic", "no statistic", "temperature", "not attached"],
+)
+def test_what_cannot_be_attached(call: Callable[[Any], None], error: type[Exception], message: str) -> None:
+    model = llama()
+    before = set(vars(model))
+    with pytest.raises(error, match=message):
+        call(model)
+    assert set(vars(model)) == before
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda model, batch: attach(model), RuntimeError, "LlamaForCausalLM is attached already"),
+        (
+            lambda model, batch: model(**batch, return_dict=False),
+            ValueError,
+            "the model returned a tuple, expected a Mo",
+        ),
+        (lambda model, batch: model(batch["input_ids"]), TypeError, "called with 1 positional arguments, expected nam"),
+        (lambda model, batch: model(**batch, fused_lm_head=True), ValueError, "the caller passes fused_lm_head"),
+        (lambda model, batch: model._replicate_for_data_parallel(), ValueError, "DataParallel copies the attached mod"),
+    ],
+    ids=["attach", "tuples", "positions", "fused_lm_head", "DataParallel"],
+)
+def test_what_an_attached_model_refuses(
+    call: Callable[[Any, dict[str, Tensor]], Any], error: type[Exception], message: str
+) -> None:
     model, batch = llama(), labelled_batch()
-    with pytest.raises(ValueError, match="stats has 'entropie', expected any of 'entropy', 'lse'"):
-        attach(model, ("entropie",))
-    with pytest.raises(ValueError, match="stats is empty"):
-        attach(model, ())
-    with pytest.raises(ValueError, match="a Linear, expected a Transformers causal language model"):
-        attach(nn.Linear(2, 2))
-    with pytest.raises(RuntimeError, match="LlamaForCausalLM is not attached"):
-        detach(model)
     attach(model)
-    with pytest.raises(RuntimeError, match="LlamaForCausalLM is attached already"):
-        attach(model)
-    with pytest.raises(ValueError, match=r"the model returned a tuple, expected a ModelOutput \(return_dict=True\)"):
-        model(**batch, return_dict=False)
-    with pytest.raises(TypeError, match="called with 1 positional arguments, expected names for all"):
-        model(batch["input_ids"])
+    with pytest.raises(error, match=message):
+        call(model, batch)
+    assert model(**batch).token_stats is not None
+
+
+def test_a_model_that_is_moved_after_it_was_attached() -> None:
+    model, batch = granite(), labelled_batch()
+    attach(model)
+    model.double()
+    stats = model(**batch).token_stats
+    detach(model)
+    assert stats.entropy.dtype == torch.float64
+    torch.testing.assert_close(stats.entropy, _expected(model, batch)[1].entropy)
 
 
 def test_without_transformers_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,7 +248,7 @@ def test_a_model_that_accelerate_dispatches() -> None:
 
 
 @pytest.mark.slow
-def test_a_compiled_model() -> None:
+def test_a_compiled_model(recwarn: pytest.WarningsRecorder) -> None:
     model, batch = granite(), labelled_batch()
     attach(model)
     expected = model(**batch)
@@ -213,6 +260,7 @@ def test_a_compiled_model() -> None:
     actual.loss.backward()
     torch.testing.assert_close(actual.token_stats.entropy, expected.token_stats.entropy)
     _assert_close(_gradients(model), gradients)
+    assert not [warning for warning in recwarn if "lru_cache" in str(warning.message)]
     detach(compiled)
     assert compiled(**batch).logits.shape[-1] == VOCABULARY
 
@@ -254,21 +302,23 @@ def test_two_ranks_average_the_gradient(kind: str) -> None:
         _assert_close(gradients, expected)
 
 
-def test_a_model_whose_loss_does_not_shift_labels_is_refused() -> None:
-    shape: dict[str, Any] = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 8,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
-    model = transformers.BertForMaskedLM(transformers.BertConfig(**shape, intermediate_size=8, initializer_range=0.5))
-    with pytest.raises(ValueError, match="the loss of BertForMaskedLM is"):
+def _bert() -> Any:
+    shape: dict[str, Any] = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    config = transformers.BertConfig(vocab_size=VOCABULARY, **shape, initializer_range=0.5)
+    return transformers.BertForMaskedLM(config)
+
+
+def _xlnet() -> Any:
+    config = transformers.XLNetConfig(vocab_size=VOCABULARY, d_model=8, n_layer=1, n_head=2, d_inner=8)
+    config.initializer_range = 0.5
+    return transformers.XLNetLMHeadModel(config)
+
+
+@pytest.mark.parametrize("make", [_bert, _xlnet])
+def test_a_model_whose_loss_does_not_shift_labels_is_refused(make: Callable[[], Any]) -> None:
+    model = make()
+    with pytest.raises(ValueError, match=f"the loss of {type(model).__name__} is"):
         attach(model)
-
-
-def test_a_temperature_that_is_not_positive_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"temperature is -1.0, expected a positive number"):
-        attach(llama(), temperature=-1.0)
 
 
 def test_a_model_that_returns_tuples_by_default_is_refused() -> None:
@@ -300,15 +350,6 @@ def test_logits_of_another_shape_than_the_statistics_are_an_error() -> None:
     forward.forward = widened
     with pytest.raises(RuntimeError, match="do not have the shape of what its output projection returned"):
         model(**batch)
-
-
-def test_callers_that_need_something_else_get_a_clear_error() -> None:
-    model, batch = llama(), labelled_batch()
-    attach(model)
-    with pytest.raises(ValueError, match="the caller passes fused_lm_head"):
-        model(**batch, fused_lm_head=True)
-    with pytest.raises(ValueError, match="DataParallel copies the attached model"):
-        model._replicate_for_data_parallel()
 
 
 def test_an_output_can_be_pickled() -> None:

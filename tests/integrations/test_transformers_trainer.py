@@ -184,45 +184,73 @@ def test_the_callback_logs_entropy_and_decided_tokens(
     assert not model._forward_hooks
 
 
-def test_bad_calls(rows: list[dict[str, Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    loss, model = EntropyLoss(), mixtral()
-    labels = rows[0]["labels"][None]
-    output = model(input_ids=rows[0]["input_ids"][None])
-    with pytest.raises(ValueError, match="labels is None, expected the labels"):
-        loss(output, None)
-    with pytest.raises(ValueError, match="the output has an auxiliary loss and auxiliary_weight is None"):
-        loss(output, labels)
-    output.logits = None
-    with pytest.raises(ValueError, match="the output has no logits, expected logits; EntropyTrainer trains without"):
-        loss(output, labels)
-    with pytest.raises(ValueError, match="expected no other loss"):
-        EntropyTrainer(model, _settings(tmp_path), compute_loss_func=loss)
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"labels": None}, "labels is None, expected the labels"),
+        ({}, "the output has an auxiliary loss and auxiliary_weight is None"),
+        ({"logits": None}, "the output has no logits, expected logits; EntropyTrainer trains without"),
+        ({"num_items_in_batch": torch.tensor([[3], [4]])}, r"num_items_in_batch has shape \(2, 1\), expected one numb"),
+    ],
+    ids=["labels", "auxiliary loss", "logits", "several counts"],
+)
+def test_what_the_loss_refuses(given: dict[str, Any], message: str, rows: list[dict[str, Tensor]]) -> None:
+    output = mixtral()(input_ids=rows[0]["input_ids"][None])
+    output.logits = given.get("logits", output.logits)
+    labels = given.get("labels", rows[0]["labels"][None])
+    with pytest.raises(ValueError, match=message):
+        EntropyLoss()(output, labels, given.get("num_items_in_batch"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"compute_loss_func": EntropyLoss()}, "compute_loss_func or label_smoothing_factor is given"),
+        ({"label_smoothing_factor": 0.1}, "compute_loss_func or label_smoothing_factor is given"),
+        ({"model": None, "model_init": llama}, "model_init or compute_metrics is given"),
+        ({"compute_metrics": lambda predictions: {}}, "model_init or compute_metrics is given"),
+        ({"temperature": 0}, "temperature is 0, expected a positive number"),
+    ],
+    ids=["loss", "label smoothing", "model_init", "metrics", "temperature"],
+)
+def test_what_the_trainer_is_not_made_with(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    settings = _settings(tmp_path, label_smoothing_factor=options.pop("label_smoothing_factor", 0.0))
+    with pytest.raises(ValueError, match=message):
+        EntropyTrainer(**{"model": llama(), "args": settings, **options})
+
+
+@pytest.mark.parametrize("call", [Trainer.train, Trainer.evaluate])
+def test_a_batch_without_labels_is_refused(
+    call: Callable[[Trainer], Any], rows: list[dict[str, Tensor]], tmp_path: Path
+) -> None:
+    unlabelled = [{"input_ids": row["input_ids"]} for row in rows]
+    trainer = EntropyTrainer(llama(), _settings(tmp_path), train_dataset=unlabelled, eval_dataset=unlabelled)
+    with pytest.raises(ValueError, match="the batch has no labels"):
+        call(trainer)
+
+
+def test_a_model_that_was_attached_before_the_trainer_is_refused(tmp_path: Path) -> None:
+    model = llama()
+    attach(model)
+    with pytest.raises(RuntimeError, match="LlamaForCausalLM is attached already"):
+        EntropyTrainer(model, _settings(tmp_path))
+
+
+def test_a_model_that_was_attached_after_the_trainer_is_refused(rows: list[dict[str, Tensor]], tmp_path: Path) -> None:
+    model = llama()
     trainer = EntropyTrainer(model, _settings(tmp_path), train_dataset=rows)
     attach(model)
-    for call in (trainer.train, lambda: EntropyTrainer(model, _settings(tmp_path))):
-        with pytest.raises(RuntimeError, match="MixtralForCausalLM is attached already"):
-            call()
+    with pytest.raises(RuntimeError, match="LlamaForCausalLM is attached already"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("create", [EntropyLoss, lambda: EntropyTrainer(llama())], ids=["loss", "trainer"])
+def test_a_version_that_counts_other_labels_is_refused(
+    create: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(labels_module.transformers, "__version__", "4.56.2")
-    for create in (EntropyLoss, lambda: EntropyTrainer(model, _settings(tmp_path))):
-        with pytest.raises(RuntimeError, match=r"transformers is 4\.56\.2, expected at least 5\.23"):
-            create()
-
-
-def test_what_the_trainer_cannot_do_is_refused(rows: list[dict[str, Tensor]], tmp_path: Path) -> None:
-    settings = _settings(tmp_path)
-    for option in ({"model_init": llama}, {"model": llama(), "compute_metrics": lambda predictions: {}}):
-        with pytest.raises(ValueError, match="model_init or compute_metrics is given"):
-            EntropyTrainer(args=settings, train_dataset=rows, **option)
-    with pytest.raises(ValueError, match="temperature is 0, expected a positive number"):
-        EntropyTrainer(llama(), settings, temperature=0)
-    unlabelled = [{"input_ids": row["input_ids"]} for row in rows]
-    trainer = EntropyTrainer(llama(), settings, train_dataset=unlabelled, eval_dataset=unlabelled)
-    for call in (trainer.train, trainer.evaluate):
-        with pytest.raises(ValueError, match="the batch has no labels"):
-            call()
-    output = llama()(input_ids=rows[0]["input_ids"][None])
-    with pytest.raises(ValueError, match=r"num_items_in_batch has shape \(2, 1\), expected one number"):
-        EntropyLoss()(output, rows[0]["labels"][None], torch.tensor([[3], [4]]))
+    with pytest.raises(RuntimeError, match=r"transformers is 4\.56\.2, expected at least 5\.23"):
+        create()
 
 
 @pytest.mark.parametrize("num_items", [0, torch.tensor(0)], ids=["int", "tensor"])
@@ -248,6 +276,9 @@ def test_the_callback_logs_at_the_end_of_an_epoch_and_leaves_nothing(
     trainer.train()
     assert [entry["step"] for entry in trainer.state.log_history if "entropy" in entry] == [1, 2]
     assert "training_step" not in vars(trainer)
+    own = trainer.training_step = trainer.training_step
+    trainer.train()
+    assert vars(trainer)["training_step"] is own
 
 
 def test_the_callback_takes_the_entropy_of_trls_output(tmp_path: Path) -> None:

@@ -80,15 +80,14 @@ def test_after_an_exception_trl_has_its_function_back():
     assert utils._ChunkedLogProbFunction is OWN
 
 
-def test_attaching_twice_and_detaching_twice_are_errors():
+def test_detaching_what_is_not_attached_is_an_error():
     with pytest.raises(RuntimeError, match="expected a call of attach"):
         detach()
-    attach()
-    try:
-        with pytest.raises(RuntimeError, match="already"):
-            attach()
-    finally:
-        detach()
+
+
+def test_attaching_twice_is_an_error():
+    with token_stats_in_trl(), pytest.raises(RuntimeError, match="already"):
+        attach()
 
 
 def test_a_version_with_other_parameters_is_an_error(monkeypatch):
@@ -261,17 +260,48 @@ def test_the_steered_coefficient_moves_towards_the_target_and_survives_a_resume(
     assert again == pytest.approx(logged)
 
 
-def test_what_does_not_fit_is_an_error(model_folder, tmp_path):
+@pytest.mark.parametrize(
+    ("coefficient", "error", "message"),
+    [
+        ("much", TypeError, "coefficient is a str"),
+        (True, TypeError, "coefficient is a bool"),
+        (float("nan"), ValueError, "coefficient is nan, expected a finite number"),
+    ],
+)
+def test_a_coefficient_that_does_not_fit_is_refused(coefficient, error, message, model_folder, tmp_path):
     trainer = trainer_of("sft", model_folder, tmp_path)
-    with pytest.raises(TypeError, match="coefficient is a str"):
-        add_entropy_term(trainer, "much")
-    with pytest.raises(ValueError, match="coefficient is nan, expected a finite number"):
-        add_entropy_term(trainer, float("nan"))
-    with pytest.raises(TypeError, match="expected a GRPOTrainer"):
+    with pytest.raises(error, match=message):
+        add_entropy_term(trainer, coefficient)
+    assert "compute_loss" not in trainer.__dict__
+
+
+def test_a_schedule_that_is_not_finite_is_refused(model_folder, tmp_path):
+    trainer = trainer_of("sft", model_folder, tmp_path)
+    add_entropy_term(trainer, lambda step: float("inf"))
+    with pytest.raises(ValueError, match="coefficient is inf, expected a finite number"):
+        trainer.train()
+
+
+def test_something_else_than_a_trainer_is_refused():
+    with pytest.raises(TypeError, match="trainer is a object, expected a GRPOTrainer"):
         add_entropy_term(object(), 1.0)
+
+
+def test_a_second_term_is_refused(model_folder, tmp_path):
+    trainer = trainer_of("sft", model_folder, tmp_path)
     add_entropy_term(trainer, 1.0)
     with pytest.raises(RuntimeError, match="expected its own"):
         add_entropy_term(trainer, 1.0)
-    for wrong in ({"target": -1.0}, {"target": 1.0, "rate": 0.0}, {"target": 1.0, "initial": 2.0}):
-        with pytest.raises(ValueError, match="expected"):
-            TargetEntropy(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"target": -1.0}, "target is -1.0, expected an entropy"),
+        ({"target": 1.0, "rate": 0.0}, "rate is 0.0, expected a number above 0"),
+        ({"target": 1.0, "initial": 2.0}, "initial is 2.0, lowest -1.0 and highest 1.0, expected"),
+    ],
+)
+def test_a_target_that_does_not_fit_is_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        TargetEntropy(**wrong)

@@ -81,11 +81,19 @@ def test_banned_tokens_are_finite_where_trls_are_not() -> None:
     assert gradient.isfinite().all()
 
 
-def test_errors() -> None:
-    logits, index = torch.randn(2, 5), torch.tensor([[1, 2], [3, 4]])
-    with pytest.raises(ValueError, match="temperature is 0"):
-        ours.selective_log_softmax(logits, index, temperature=0.0)
-    with pytest.raises(ValueError, match=r"row_mask has shape \(2,\), expected that of index, \(2, 2\)"):
-        ours.selective_log_softmax(logits, index, row_mask=torch.ones(2))
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": 0.0}, "temperature is 0"),
+        ({"row_mask": torch.ones(2)}, r"row_mask has shape \(2,\), expected that of index, \(2, 2\)"),
+    ],
+    ids=["temperature", "row_mask"],
+)
+def test_what_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ours.selective_log_softmax(torch.randn(2, 5), torch.tensor([[1, 2], [3, 4]]), **options)
+
+
+def test_a_target_out_of_range_is_refused() -> None:
     with pytest.raises(ValueError, match="target has 7"):
-        ours.selective_log_softmax_and_entropy(logits, torch.tensor([1, 7]))
+        ours.selective_log_softmax_and_entropy(torch.randn(2, 5), torch.tensor([1, 7]))

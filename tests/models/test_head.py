@@ -155,26 +155,39 @@ class _Adapter(nn.Linear):
         return 2 * super().forward(input)
 
 
-def test_heads_that_cannot_be_seen_through() -> None:
-    model = _make("GPT-2")
+def _with_an_adapter(model: Any) -> None:
     model.lm_head = _Adapter(32, 97)
-    with pytest.raises(
-        ValueError, match=r"the model has _Adapter as its output projection, expected a torch.nn.Linear"
-    ):
-        find_head(model)
 
-    model = _make("GPT-2")
+
+def _without_a_weight(model: Any) -> None:
     model.lm_head.weight = nn.Parameter(torch.empty(0))
-    with pytest.raises(ValueError, match="output projection is sharded or offloaded"):
+
+
+def _without_a_projection(model: Any) -> None:
+    model.get_output_embeddings = lambda: None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_with_an_adapter, r"the model has _Adapter as its output projection, expected a torch.nn.Linear"),
+        (_without_a_weight, "output projection is sharded or offloaded"),
+        (_without_a_projection, "no output projection"),
+    ],
+)
+def test_a_head_that_cannot_be_seen_through_is_refused(change: Callable[[Any], None], message: str) -> None:
+    model = _make("GPT-2")
+    change(model)
+    with pytest.raises(ValueError, match=message):
         find_head(model)
 
-    model = _make("GPT-2")
-    model.get_output_embeddings = lambda: None
-    with pytest.raises(ValueError, match="no output projection"):
-        find_head(model)
+
+def test_something_else_than_a_language_model_is_refused() -> None:
     with pytest.raises(ValueError, match="a Linear, expected a Transformers causal language model"):
         find_head(nn.Linear(2, 2))
 
+
+def test_a_model_with_an_encoder_is_refused() -> None:
     config = t.T5Config(vocab_size=97, d_model=32, d_ff=32, num_layers=1, num_heads=2)
     with pytest.raises(ValueError, match="T5ForConditionalGeneration has an encoder"):
         find_head(cast(Any, t.T5ForConditionalGeneration)(config))

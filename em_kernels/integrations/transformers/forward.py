@@ -12,6 +12,7 @@ from em_kernels.integrations.transformers.labels import Labels
 _NAME = "_em_kernels_forward"
 _REPLICATE = "_replicate_for_data_parallel"
 _GENERATING = ("generate", "generate_batch")
+_PREPARE = "prepare_inputs_for_generation"
 
 
 class Product(Protocol):
@@ -46,7 +47,7 @@ class Forward:
             RuntimeError: the place is taken.
         """
         check_free(self.model)
-        names = [name for name in ("forward", _REPLICATE, *_GENERATING) if hasattr(self.model, name)]
+        names = [name for name in ("forward", _REPLICATE, _PREPARE, *_GENERATING) if hasattr(self.model, name)]
         self.before = {name: self.model.__dict__.get(name) for name in names}
         self.forward = self.model.forward
         functools.update_wrapper(self, self.forward)
@@ -54,7 +55,8 @@ class Forward:
         self.model.forward, self.active = self, True
         setattr(self.model, _REPLICATE, _refuse_replica)
         for name in names[2:]:
-            setattr(self.model, name, _Generate(self, getattr(self.model, name)))
+            stand_in = _Prepare if name == _PREPARE else _Generate
+            setattr(self.model, name, stand_in(self, getattr(self.model, name)))
 
     def take_out(self) -> None:
         """Puts the model's own forward back."""
@@ -64,7 +66,7 @@ class Forward:
         for name, before in self.before.items():
             current = self.model.__dict__.get(name)
             if current not in (self, _refuse_replica) and not (
-                isinstance(current, _Generate) and current.forward is self
+                isinstance(current, (_Generate, _Prepare)) and current.forward is self
             ):
                 continue
             if before is None:
@@ -115,6 +117,22 @@ class _Generate:
             return self.generate(*args, **kwargs)
         finally:
             self.forward.active = before
+
+
+class _Prepare:
+    """Stands in for what every generate calls, also one that was taken from the model before it was attached."""
+
+    def __init__(self, forward: Forward, prepare: Any) -> None:
+        self.forward, self.prepare = forward, prepare
+        functools.update_wrapper(self, prepare)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.forward.active:
+            raise RuntimeError(
+                "generate was taken from the model before it was attached and finds no logits, expected a call of "
+                "model.generate itself"
+            )
+        return self.prepare(*args, **kwargs)
 
 
 def _refuse_replica() -> None:

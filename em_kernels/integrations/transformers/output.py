@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
@@ -25,6 +26,8 @@ class TokenStatsOutput(ModelOutput):
     collision: Tensor | None = None
 
 
+# Compilation cannot trace the making of a class, and would pass over the cache with a warning.
+@torch.compiler.disable
 def without_logits(output: ModelOutput, **more: Any) -> Any:
     """The same output with logits None and with these fields, as a subclass of its class that has them.
 
