@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import logging
 import os
 import sys
 from typing import NoReturn
@@ -20,6 +21,9 @@ def import_quietly() -> None:
     Raises:
         UsageError: a package is not installed.
     """
+    # Transformers imports torchao where it is there, and both say at length what does not concern a run.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         for package in ("accelerate", "math_verify", "matplotlib", "tqdm", "transformers"):
             importlib.import_module(package)
@@ -27,10 +31,10 @@ def import_quietly() -> None:
         raise UsageError(
             f"{error.name} is not installed; the command needs pip install 'em_kernels[one-shot]'"
         ) from None
-    logging = sys.modules["transformers"].logging
-    logging.set_verbosity_error()
+    of_transformers = sys.modules["transformers"].logging
+    of_transformers.set_verbosity_error()
     if not sys.stderr.isatty():
-        logging.disable_progress_bar()
+        of_transformers.disable_progress_bar()
 
 
 def print_note(line: str) -> None:
