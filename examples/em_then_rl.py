@@ -31,8 +31,8 @@ parser.add_argument("--output", type=Path, default=Path("runs/em_then_rl"), help
 parser.add_argument("--em-steps", type=int, default=2)
 parser.add_argument("--grpo-steps", type=int, default=2)
 parser.add_argument("--batch-size", type=int, default=4, help="completions of a step")
-parser.add_argument("--max-new-tokens", type=int, default=32)
-parser.add_argument("--problems", type=int, default=8, help="problems of the table")
+parser.add_argument("--max-new-tokens", type=int, default=16)
+parser.add_argument("--problems", type=int, default=4, help="problems of the table")
 parser.add_argument("--em-learning-rate", type=float, default=1e-5)
 parser.add_argument("--grpo-learning-rate", type=float, default=1e-5)
 args = parser.parse_args()
@@ -54,7 +54,7 @@ def minimise_entropy(model: str | None, name: str) -> str:
         learning_rate=args.em_learning_rate,
         evaluation_size=0,
     )
-    train(config, args.output / name)
+    train(config, args.output / name, state_every=args.em_steps)
     return str(RunFolder(args.output / name).checkpoint)
 
 
