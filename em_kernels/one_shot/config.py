@@ -188,7 +188,7 @@ PRESETS = {
         micro_batch_size=8,
         max_new_tokens=64,
         evaluation_size=32,
-        evaluation_tokens=256,
+        evaluation_tokens=128,
     ),
 }
 
