@@ -59,7 +59,8 @@ def test_presets_and_flags(
     flags += "--trust-remote-code --report-to tensorboard --prompt one --prompt-file p.jsonl --prompt two --output out "
     flags += "--shard --optimizer adamw8bit --lora-rank 4 --state-every 5 --top-p 0.9 --top-k 40 --evaluation-seed 3 "
     flags += "--repetition-penalty 1.1 --average sequences --stop-when decided>0.9 --stop-when loss<0.02 --stop END "
-    flags += "--evaluation-file e.csv --evaluate-every 2 --checkpoint-every 4 --system step-by-step --chat-template t"
+    flags += "--evaluation-tokens 9 --evaluation-file e.csv --evaluate-every 2 --checkpoint-every 4 "
+    flags += "--system step-by-step --chat-template t"
     (tmp_path / "t").write_text("{{ messages }}")
     assert main(["train", *flags.split()]) == 0
     assert trained == [
@@ -94,6 +95,7 @@ def test_presets_and_flags(
                 system=SYSTEM_TEXTS["step-by-step"],
                 chat_template="{{ messages }}",
                 evaluation_seed=3,
+                evaluation_tokens=9,
                 evaluation_file="e.csv",
                 evaluate_every=2,
                 checkpoint_every=4,
@@ -210,14 +212,17 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("argument", ["--help", "info"])
 def test_help_and_info_do_not_load_the_training_stack(argument: str) -> None:
     program = f"""
-import sys
+import os, sys
 from em_kernels.cli import main
+# torch reads once, when it is imported, how its threads are to wait.
+assert "torch" not in sys.modules
 try:
     main([{argument!r}])
 except SystemExit as stopped:
     assert not stopped.code
 loaded = {{"transformers", "accelerate", "matplotlib", "math_verify"}} & set(sys.modules)
 assert not loaded, loaded
+assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

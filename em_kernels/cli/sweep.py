@@ -38,7 +38,13 @@ def add_parser(commands: Any) -> None:
         help="run only what is not finished in FOLDER; the grid may bring new values",
     )
     where = sweep.add_mutually_exclusive_group()
-    where.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time on this machine (1)")
+    where.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="runs at a time on this machine (1); on several GPUs, --ray local gives each run one",
+    )
     where.add_argument(
         "--ray",
         metavar="ADDRESS",
@@ -65,6 +71,10 @@ def _sweep(
 
     if jobs < 1:
         raise UsageError(f"--jobs is {jobs}, expected at least 1")
+    for name, amount in (("cpus", cpus_per_run), ("gpus", gpus_per_run)):
+        # Ray shares out parts of one, and whole numbers.
+        if amount is not None and not (0 <= amount <= 1 or amount % 1 == 0):
+            raise UsageError(f"--{name}-per-run is {amount:g}, expected a whole number, or a part of 1")
     shared = _read_options(train_options)
     axes = read_grid(grid)
     for name in axes:

@@ -102,6 +102,7 @@ def _add_kept(kept: Any) -> None:
     demo, paper = PRESETS["demo"], PRESETS["paper"]
     for name, text in (
         ("evaluation_size", "problems that accuracy is measured on"),
+        ("evaluation_tokens", "longest completion of a problem; None: --max-new-tokens"),
         ("evaluation_seed", "seed of these problems and their completions"),
         ("evaluate_every", "steps between evaluations, besides before and after; 0: no others"),
         ("checkpoint_every", "steps between models that are kept, besides the last; 0: no others"),

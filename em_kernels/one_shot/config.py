@@ -56,6 +56,8 @@ class TrainConfig:
         gradient_checkpointing: whether the backward pass recomputes activations, so that they need not be kept.
         shard: whether PyTorch's fully_shard spreads parameters, gradients and optimiser state over the processes.
         evaluation_size: the number of problems that accuracy is measured on; 0 for none.
+        evaluation_tokens: the longest completion of a problem, in tokens; None takes max_new_tokens. A completion that
+            is cut off before it concludes is not right.
         evaluation_seed: the seed of these problems and of their completions, the same for runs of different seeds.
         evaluation_file: a file of problems that they are drawn from, in place of the built-in ones.
         evaluate_every: the number of steps between evaluations, besides those before and after; 0 for no others.
@@ -92,6 +94,7 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     shard: bool = False
     evaluation_size: int = 200
+    evaluation_tokens: int | None = None
     evaluation_seed: int = 0
     evaluation_file: str | None = None
     evaluate_every: int = 0
@@ -117,6 +120,8 @@ class TrainConfig:
         for name in ("seed", "evaluation_size", "evaluation_seed", "evaluate_every", "checkpoint_every", "lora_rank"):
             _check_integer(name, getattr(self, name), at_least=0)
         _check_integer("top_k", self.top_k, at_least=0)
+        if self.evaluation_tokens is not None:
+            _check_integer("evaluation_tokens", self.evaluation_tokens, at_least=1)
         for name in ("learning_rate", "temperature", "max_grad_norm", "repetition_penalty"):
             value = getattr(self, name)
             if not (isinstance(value, int | float) and 0 < value < math.inf):
@@ -183,6 +188,7 @@ PRESETS = {
         micro_batch_size=8,
         max_new_tokens=64,
         evaluation_size=32,
+        evaluation_tokens=128,
     ),
 }
 

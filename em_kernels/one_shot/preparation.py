@@ -41,8 +41,10 @@ def prepare(accelerator: Accelerator, config: TrainConfig, problem_set: ProblemS
     with accelerator.main_process_first():
         model, tokenizer = load_model(config.model, trust_remote_code=config.trust_remote_code)
     chat = ChatFormat(config.system, config.chat_template, config.stop)
-    questions = [problem.question for problem in problem_set.problems]
-    Policy(model, tokenizer, chat=chat).check([*config.prompts, *questions], config.max_new_tokens)
+    policy = Policy(model, tokenizer, chat=chat)
+    policy.check(config.prompts, config.max_new_tokens)
+    if questions := [problem.question for problem in problem_set.problems]:
+        policy.check(questions, evaluation_tokens(config))
     if config.lora_rank:
         # Adapters start at random, on every process and after an interruption the same.
         torch.manual_seed(config.seed)
@@ -63,6 +65,10 @@ def prepare(accelerator: Accelerator, config: TrainConfig, problem_set: ProblemS
 
 def training_sampling(config: TrainConfig) -> Sampling:
     return Sampling(config.temperature, config.max_new_tokens, config.top_p, config.top_k, config.repetition_penalty)
+
+
+def evaluation_tokens(config: TrainConfig) -> int:
+    return config.evaluation_tokens or config.max_new_tokens
 
 
 def evaluation_problems(config: TrainConfig) -> ProblemSet:

@@ -25,7 +25,7 @@ from em_kernels.one_shot.policy import Policy
 from em_kernels.one_shot.policy.adapter import has_adapter
 from em_kernels.one_shot.policy.rollout import Rollout
 from em_kernels.one_shot.policy.sampling import FILTER_NOTE, derive_seed
-from em_kernels.one_shot.preparation import evaluation_problems, headline, prepare, training_sampling
+from em_kernels.one_shot.preparation import evaluation_problems, evaluation_tokens, headline, prepare, training_sampling
 from em_kernels.one_shot.runs.files import failing_as_os_error, removed_on_failure
 from em_kernels.one_shot.runs.folder import RunFolder
 from em_kernels.one_shot.runs.lines import (
@@ -260,7 +260,7 @@ class _Loop:
         when = "before" if step == 0 else "after" if step == config.steps else f"step {step}"
         seed = config.evaluation_seed
         records, agreement = evaluate(
-            accelerator, self.policy, self.problems, max_new_tokens=config.max_new_tokens, seed=seed, when=when
+            accelerator, self.policy, self.problems, max_new_tokens=evaluation_tokens(config), seed=seed, when=when
         )
         shown = show(accelerator, self.policy, config.prompts, training_sampling(config), seed=seed, when=when)
         rows = summaries(step, records, agreement)

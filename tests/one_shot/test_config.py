@@ -43,6 +43,7 @@ def test_authors_preset_is_the_published_script() -> None:
         ("average", "prompts"),
         ("stop_when", ("decided>", "loss<0.1")),
         ("evaluation_seed", -1),
+        ("evaluation_tokens", 0),
         ("prompts", ()),
         ("prompts", ("",)),
     ],

@@ -488,7 +488,7 @@ def test_processes_that_do_not_know_of_each_other(
     [
         ({"model": "/nowhere/model"}, "model '/nowhere/model' cannot be loaded"),
         ({"prompts": ("x" * 300,)}, "more than the model's context of 256 tokens"),
-        ({"max_new_tokens": 180}, "more than the model's context of 256 tokens"),
+        ({"evaluation_tokens": 200}, "more than the model's context of 256 tokens"),
         ({"evaluation_file": "nothing.csv"}, "file nothing.csv cannot be read"),
     ],
     ids=["model", "prompt", "problem", "file"],

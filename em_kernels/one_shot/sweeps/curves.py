@@ -7,12 +7,10 @@ from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 
+from em_kernels.one_shot.analysis.drawing import draw_absence, draw_band, label_steps, new_axes, save_figure
 from em_kernels.one_shot.evaluation.statistics import Estimate
-from em_kernels.one_shot.runs.files import whole_or_absent
 from em_kernels.one_shot.sweeps.grid import label
 from em_kernels.one_shot.sweeps.results import Group
 
@@ -27,43 +25,36 @@ _PALE = 0.35
 def draw_curves(target: Path, groups: Sequence[Group]) -> None:
     """Draws a PNG; a group without a finished run is left out."""
     groups = [group for group in groups if group.finished]
-    figure = Figure(figsize=(13, 5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    loss_axes, accuracy_axes = figure.subplots(1, 2)
+    figure, (loss_axes, accuracy_axes) = new_axes(1, 2, width=6.5, height=5)
+    loss_axes.set_title("Loss: mean over seeds ± standard error", loc="left", fontsize=11)
+    accuracy_axes.set_title("Accuracy: mean over seeds ± standard error", loc="left", fontsize=11)
+    accuracy_axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     _draw_losses(loss_axes, groups)
     if not any(group.accuracy(decoding) for group in groups for decoding in _DECODINGS):
-        accuracy_axes.text(0.5, 0.5, "no accuracy was measured", ha="center", color="grey")
+        draw_absence(accuracy_axes)
     elif groups[0].settings:
         _draw_accuracy_by_setting(accuracy_axes, groups)
     else:
-        _draw_accuracy_by_step(accuracy_axes, groups)
+        _draw_accuracy_by_step(accuracy_axes, groups[0])
     for axes in (loss_axes, accuracy_axes):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25)
-    with whole_or_absent(target) as temporary:
-        figure.savefig(temporary, format="png")
+        axes.set_ylim(bottom=0)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False, fontsize=9)
+    save_figure(figure, target)
 
 
 def _draw_losses(axes: Axes, groups: Sequence[Group]) -> None:
     for number, group in enumerate(groups):
-        name = _name(group) if number < _MOST_NAMES else ""
-        _draw_band(axes, group.curve("loss"), _colour(number, len(groups)), name)
-    axes.set_title("Loss: mean over seeds ± standard error", loc="left", fontsize=11)
+        name = _name(group) if number < _MOST_NAMES else None
+        _draw_curve(axes, group.curve("loss"), color=_colour(number, len(groups)), label=name or None)
     axes.set_ylabel("entropy at the training temperature (nats)")
-    axes.set_xlabel("optimiser step")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_ylim(bottom=0)
-    if groups and groups[0].settings:
-        axes.legend(frameon=False, fontsize=9)
+    label_steps(axes)
 
 
-def _draw_accuracy_by_step(axes: Axes, groups: Sequence[Group]) -> None:
-    for group in groups:
-        for decoding, (line, marker, name) in _DECODINGS.items():
-            _draw_band(axes, group.accuracy(decoding), "#41566b", name, line, marker)
-    axes.set_xlabel("optimiser step")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _finish_accuracy(axes)
+def _draw_accuracy_by_step(axes: Axes, group: Group) -> None:
+    for decoding, (line, _, name) in _DECODINGS.items():
+        _draw_curve(axes, group.accuracy(decoding), color=_colour(0, 1), linestyle=line, label=name)
+    label_steps(axes)
 
 
 def _draw_accuracy_by_setting(axes: Axes, groups: Sequence[Group]) -> None:
@@ -89,27 +80,11 @@ def _draw_accuracy_by_setting(axes: Axes, groups: Sequence[Group]) -> None:
             axes.plot([], [], line + marker, color="black", alpha=alpha, label=f"{name}, {when} training")
     axes.set_xticks(list(places.values()), [label(value) for value in places])
     axes.set_xlabel(first)
-    _finish_accuracy(axes)
 
 
-def _finish_accuracy(axes: Axes) -> None:
-    axes.set_title("Accuracy: mean over seeds ± standard error", loc="left", fontsize=11)
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axes.set_ylim(bottom=0)
-    axes.legend(frameon=False, fontsize=9)
-
-
-def _draw_band(
-    axes: Axes, curve: Mapping[int, Estimate], colour: Any, name: str, line: str = "-", marker: str | None = None
-) -> None:
-    if not curve:
-        return
-    steps, means = list(curve), [estimate.mean for estimate in curve.values()]
-    low = [estimate.mean - _error(estimate) for estimate in curve.values()]
-    high = [estimate.mean + _error(estimate) for estimate in curve.values()]
-    axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
-    shown = marker or ("o" if len(steps) <= 20 else None)
-    axes.plot(steps, means, line, color=colour, marker=shown, markersize=4, label=name or None)
+def _draw_curve(axes: Axes, curve: Mapping[int, Estimate], **style: Any) -> None:
+    spread = [estimate.standard_error for estimate in curve.values()]
+    draw_band(axes, list(curve), [estimate.mean for estimate in curve.values()], spread, **style)
 
 
 def _draw_errors(axes: Axes, points: Mapping[int, Estimate], form: str, **style: Any) -> None:

@@ -1,6 +1,6 @@
 """The folder of a sweep: what was asked for, a run folder for each combination of the grid, and the results.
 
-sweep.json         the grid, the settings that all runs share, and versions
+sweep.json         the grid, the settings that all runs share, and the versions and device of the sweep's start
 runs/NAME/         the run folder of a combination, as `train` leaves it
 logs/NAME.log      what the run printed
 table.jsonl        a row per run
@@ -12,7 +12,6 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from em_kernels.one_shot.errors import UsageError
 from em_kernels.one_shot.runs.files import write_text
 from em_kernels.one_shot.runs.folder import RunFolder
 from em_kernels.one_shot.runs.lock import is_lock
+from em_kernels.one_shot.runs.surroundings import surroundings
 from em_kernels.one_shot.sweeps.grid import Grid, combinations, run_name
 
 ConfigOf = Callable[[Mapping[str, Any]], TrainConfig]
@@ -94,8 +94,7 @@ class SweepFolder:
         """Makes the folder, which `check` has let pass, ready for the sweep, and returns all of its runs."""
         for folder in (self.runs, self.logs):
             folder.mkdir(parents=True, exist_ok=True)
-        versions = {name: version(name) for name in ("em-kernels", "torch", "transformers")}
-        values = {"grid": grid, "settings": _shared(config_of, grid), "versions": versions}
+        values = {"grid": grid, "settings": _shared(config_of, grid), **surroundings()}
         write_text(self.description, f"{json.dumps(values, indent=2, ensure_ascii=False)}\n")
         return [
             Run(

@@ -86,6 +86,8 @@ def launch_on_ray(
     """
     if gpus is None:
         gpus = 1 if ray.cluster_resources().get("GPU") else 0
+    if not any(has.get("CPU", 0) >= cpus and has.get("GPU", 0) >= gpus for has in _nodes(ray)):
+        print(f"no node has {cpus:g} CPUs and {gpus:g} GPUs for a run; waiting for one to join", file=sys.stderr)
     task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=_RETRIES)(_train)
     tasks = {task.remote(train_arguments(run, options), run.log, os.getcwd()): run for run in runs}
     begun: dict[str, float] = {}
@@ -109,6 +111,10 @@ def launch_on_ray(
         _cancel(ray, list(tasks))
 
 
+def _nodes(ray: Any) -> list[dict[str, float]]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
 def _train(arguments: Sequence[str], log: Path, directory: str) -> int:
     """The task: what `train` returned. Ray has set the threads and the GPUs of the worker's environment."""
     process = start_train(arguments, log, os.environ, directory)
@@ -125,8 +131,10 @@ def _status(ray: Any, reference: Any, run: Run) -> int:
     try:
         return ray.get(reference)
     except ray.exceptions.RayError as error:
+        # The message of a task's own error ends with it, after a traceback; those of Ray begin with what happened.
+        lines = str(error).strip().splitlines()
         with run.log.open("a", encoding="utf-8") as log:
-            log.write(f"{' '.join(str(error).split())}\n")
+            log.write(f"{lines[-1] if isinstance(error, ray.exceptions.RayTaskError) else lines[0]}\n")
         return 1
 
 

@@ -4,6 +4,9 @@ import json
 import math
 from collections.abc import Sequence
 
+from em_kernels.one_shot.analysis.accuracies import CHOSEN_ON
+from em_kernels.one_shot.analysis.report import BUILT_IN_NOTE
+from em_kernels.one_shot.analysis.tables import markdown_table
 from em_kernels.one_shot.evaluation.statistics import Estimate
 from em_kernels.one_shot.runs.files import write_text
 from em_kernels.one_shot.sweeps.folder import SweepFolder
@@ -14,17 +17,13 @@ from em_kernels.one_shot.sweeps.results import DECODINGS, Group, Result
 def write_table(folder: SweepFolder, results: Sequence[Result], groups: Sequence[Group]) -> str:
     """Writes table.jsonl and table.md, and returns the text of table.md."""
     write_text(folder.rows, "".join(f"{json.dumps(result.to_row(), ensure_ascii=False)}\n" for result in results))
-    problems = max(result.problems for result in results)
-    measured = [decoding for decoding in DECODINGS if any(group.accuracy(decoding) for group in groups)]
-    text = "\n".join([*_aligned(_rows(groups, measured)), "", *_notes(problems), ""])
-    write_text(folder.table, text)
-    return text
-
-
-def _rows(groups: Sequence[Group], decodings: Sequence[str]) -> list[list[str]]:
+    decodings = [decoding for decoding in DECODINGS if any(group.accuracy(decoding) for group in groups)]
     head = [*groups[0].settings, "runs", "failed", "loss", "entropy"]
     head += [f"{decoding} {when}" for decoding in decodings for when in ("before", "after", "best (step)")]
-    return [head, *(_row(group, decodings) for group in groups)]
+    table = markdown_table(head, [_row(group, decodings) for group in groups], texts=len(groups[0].settings))
+    text = "\n\n".join(["\n".join(table), *_notes(results)]) + "\n"
+    write_text(folder.table, text)
+    return text
 
 
 def _row(group: Group, decodings: Sequence[str]) -> list[str]:
@@ -44,17 +43,19 @@ def _row(group: Group, decodings: Sequence[str]) -> list[str]:
     return cells
 
 
-def _notes(problems: int) -> list[str]:
+def _notes(results: Sequence[Result]) -> list[str]:
     notes = [
         "Means over the finished runs of a row, which differ in their seed, ± the standard error over these seeds. "
         "Loss (at the training temperature) and entropy (at temperature 1) are of the last step, in nats.",
     ]
+    problems = max(result.problems for result in results)
     if problems:
         notes.append(
-            f"Accuracies are on {problems} problems, greedy and sampled at temperature 1, before and after training; "
-            "the error that comes from these being few is not in the standard error over seeds. The best step is "
-            "chosen on the very accuracy that is shown for it, and so is too good by chance."
+            f"Accuracies are on {problems} problems, greedy and sampled at temperature 1. The error that comes from "
+            f"these being few is not in the standard error over seeds. {CHOSEN_ON}"
         )
+    if any(result.run.config.model is None for result in results):
+        notes.append(BUILT_IN_NOTE)
     return notes
 
 
@@ -64,13 +65,3 @@ def _nats(estimate: Estimate) -> str:
 
 def _share(estimate: Estimate) -> str:
     return f"{estimate.mean:.1%}" if math.isnan(estimate.standard_error) else str(estimate)
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The rows as a Markdown table whose columns line up as plain text too."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "| " + " | ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
-    ]
-    rule = "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|"
-    return [lines[0], rule, *lines[1:]]

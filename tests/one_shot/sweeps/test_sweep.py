@@ -38,6 +38,41 @@ def _wait(until: Callable[[], bool], process: subprocess.Popen[str]) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("", "the following arguments are required: --grid"),
+        ("--grid tempo=1", "--grid is 'tempo=1', expected SETTING=VALUES with a setting of model, "),
+        ("--grid temperature=0.1,0", "temperature is 0.0, expected a finite number above 0"),
+        ("--grid optimizer=adamw,adamw8bit", "dtype is 'float32', expected 'bfloat16' with the optimizer adamw8bit"),
+        ("--grid seed=0:2 --seed 4", "seed is in the grid and among the options of train, expected one of the two"),
+        ("--grid prompts=a --prompt b", "prompts is in the grid and among the options of train"),
+        ("--grid chat_template=plain,/nowhere/t", "/nowhere/t"),
+        ("--grid seed=0 --steps many", "argument --steps: invalid int value: 'many'"),
+        ("--grid seed=0 --colour red", "unrecognized arguments: --colour red"),
+        ("--grid seed=0 --jobs 0", "--jobs is 0, expected at least 1"),
+        ("--grid seed=0 --jobs 2 --ray auto", "not allowed with argument --jobs"),
+        (
+            "--grid seed=0 --ray auto --cpus-per-run 1.5",
+            "--cpus-per-run is 1.5, expected a whole number, or a part of 1",
+        ),
+    ],
+)
+def test_no_run_starts_after_a_mistake(
+    arguments: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status: object
+    try:
+        status = main(["sweep", "--output", str(tmp_path / "s"), *arguments.split()])
+    except SystemExit as stopped:
+        status = stopped.code
+    said = capsys.readouterr()
+    assert (status, said.out) == (2, "")
+    [line] = [line for line in said.err.splitlines() if line.startswith("em-kernels sweep: error: ")]
+    assert message in line
+    assert not (tmp_path / "s").exists()
+
+
 @pytest.mark.slow
 def test_a_failed_run_stops_no_other_and_is_named(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -85,14 +120,3 @@ def test_an_interrupted_sweep_ends_its_runs_and_says_how_to_go_on(tiny_folder: P
     # The run has kept the state of its last step, and was not killed.
     assert (run / f"state-{_steps(run)[-1]}").is_dir()
     assert "interrupted" in (tmp_path / "s" / "logs" / "seed=3.log").read_text()
-
-
-@pytest.mark.slow
-def test_a_killed_sweep_leaves_no_run_behind(tiny_folder: Path, tmp_path: Path) -> None:
-    run = tmp_path / "s" / "runs" / "seed=3"
-    sweep = _start("--grid", "seed=3", "--output", str(tmp_path / "s"), "--model", str(tiny_folder), "--steps", "3000")
-    _wait(lambda: bool(train_processes(run)), sweep)
-    [train] = train_processes(run)
-    sweep.kill()
-    sweep.communicate()
-    wait_for_end(train)
