@@ -107,8 +107,9 @@ def _explanation(scores: Sequence[Scores]) -> list[str]:
         *alike,
         f"Problems: {', '.join(f'{task} {count}' for task, count in problems.items())}; completions of a problem: "
         f"{completions}, and 1 at temperature 0. After ± stands one standard error over the problems, which are the "
-        "sample, however many completions each has. Unreadable are completions without an answer that can be read; "
-        "unfinished are those that were cut off before they concluded. Neither is right.",
+        "sample, however many completions each has; where all came out alike it is 0, which says too little. "
+        "Unreadable are completions without an answer that can be read; unfinished are those that were cut off before "
+        "they concluded. Neither is right.",
     ]
 
 

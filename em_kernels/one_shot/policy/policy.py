@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from em_kernels.models.head import OutputHead
+from em_kernels.one_shot.errors import UsageError
 from em_kernels.one_shot.policy.chat import OWN_TEMPLATE, ChatFormat, encode_prompts
 from em_kernels.one_shot.policy.completion import Completion, Decoding, check_context
 from em_kernels.one_shot.policy.generation import Generated, Request, finish
@@ -127,8 +128,10 @@ class Policy:
             show_progress: whether to show a progress bar over the completions.
 
         Raises:
-            UsageError: as `sample`, when the request is taken.
+            UsageError: `at_once` is below 1, or the request that is taken is one that `sample` refuses.
         """
+        if at_once < 1:
+            raise UsageError(f"at_once is {at_once}, expected an integer of at least 1")
         decoding = self._decoding(sampling)
         total = len(requests) if isinstance(requests, Sized) else None
         completions = (self._begin(request, sampling) for request in requests)

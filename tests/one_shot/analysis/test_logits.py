@@ -11,15 +11,20 @@ from em_kernels.one_shot.analysis import generated
 from em_kernels.one_shot.analysis.generated import score_own_completions
 from em_kernels.one_shot.analysis.logits import measure
 from em_kernels.one_shot.policy import Policy
+from em_kernels.one_shot.policy.chat import ChatFormat
 from em_kernels.one_shot.policy.sampling import Sampling, derive_seed
 
 _PROMPTS = ["1+1?", "a longer one", "x"]
 
 
 def test_the_logits_are_those_that_the_tokens_were_drawn_from(policy: Policy) -> None:
-    """What is most likely was taken, so each token is where its logits are largest."""
-    scored = list(score_own_completions(policy, _PROMPTS, Sampling(None, 8), seed=0, description=""))
-    assert sum(len(part.ids) for part in scored) > 8
+    """What is most likely was taken, so each token is where its logits are largest; padding has no logits."""
+    prompts = [f"{i}+1?" for i in range(8)]
+    policy.chat = ChatFormat(stop=tuple("abcdefg"))
+    lengths = policy.sample(prompts, Sampling(None, 8), seed=0, description="").completion_mask.sum(1)
+    assert lengths.min() < lengths.max()
+    scored = list(score_own_completions(policy, prompts, Sampling(None, 8), seed=0, description=""))
+    assert sum(len(part.ids) for part in scored) == lengths.sum()
     for part in scored:
         assert part.logits.shape == (len(part.ids), 257)
         assert torch.equal(part.logits.argmax(dim=-1), part.ids)

@@ -69,9 +69,6 @@ def _read(response: http.client.HTTPResponse, deadline: float) -> bytes:
         parts.append(part)
         if time.monotonic() > deadline:
             raise TimeoutError
-    missing = response.length
-    if missing:
-        raise http.client.IncompleteRead(b"".join(parts), missing)
     return b"".join(parts)
 
 
@@ -105,8 +102,6 @@ def _reason(error: Exception) -> str:
             return "no connection within the time limit"
         reason = getattr(error.reason, "strerror", None) or str(error.reason)
         return f"no connection ({reason})"
-    if isinstance(error, http.client.IncompleteRead):
-        return "the connection ended in the middle of the answer"
     return f"the connection ended ({str(error) or type(error).__name__})"
 
 

@@ -98,7 +98,7 @@ class Server:
             # A thread that waits for a silent server must not keep the process from ending.
             threading.Thread(target=work, daemon=True).start()
         try:
-            with progress(len(requests), description, "completion", show=show_progress) as bar:
+            with progress(len(requests), description, "completions", show=show_progress) as bar:
                 for _ in requests:
                     one = ended.get()
                     if isinstance(one, Exception):

@@ -133,9 +133,15 @@ def test_a_request_that_is_wrong_is_not_asked_again(body: dict[str, Any], messag
 
 def test_a_server_that_knows_no_top_k_is_asked_without_once_that_is_seen() -> None:
     notes: list[str] = []
-    with hostile_server(otherwise=unknowing) as server:
-        assert len(_complete(_server(server.url, notes, concurrency=1))) == 5
-        assert len(server.bodies) == 6
+    together = threading.Barrier(2, timeout=5)
+
+    def unknowing_together(handler: Any) -> None:
+        together.wait()
+        unknowing(handler)
+
+    with hostile_server(*[unknowing_together] * 2, otherwise=unknowing) as server:
+        assert len(_complete(_server(server.url, notes, timeout=10))) == 5
+        assert len(server.bodies) == 7
     assert len(notes) == 1
     assert "takes no top_k and no repetition_penalty" in notes[0]
 
@@ -170,6 +176,26 @@ def test_completions_before_the_server_dies_are_kept_and_no_more_are_asked_for()
         assert len(server.bodies) == 3 + 6
 
 
+def test_completions_that_ended_while_nobody_looked_come_before_the_error() -> None:
+    def late(handler: Any) -> None:
+        time.sleep(0.6)
+        _fine(handler)
+
+    def wrong(handler: Any) -> None:
+        time.sleep(0.3)
+        answering({}, 404)(handler)
+
+    with hostile_server(_fine, wrong, late) as server:
+        completions = _server(server.url, timeout=10).complete(
+            _REQUESTS, _SAMPLING, description="", show_progress=False
+        )
+        assert next(completions).text == "x"
+        time.sleep(1.5)
+        assert next(completions).text == "x"
+        with pytest.raises(UsageError, match="HTTP 404"):
+            next(completions)
+
+
 def _fine(handler: Any) -> None:
     answering(completion("x"))(handler)
 
@@ -194,3 +220,4 @@ def test_several_are_asked_at_once() -> None:
 
     with hostile_server(*[waiting] * 3) as server:
         assert len(_complete(_server(server.url, concurrency=3, timeout=10), _REQUESTS[:3])) == 3
+    assert not together.broken

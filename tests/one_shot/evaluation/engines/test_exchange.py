@@ -1,0 +1,27 @@
+import pytest
+from hostile_server import Behaviour, answering, dripping, ending, ending_in_the_middle, hostile_server, page, silent
+
+from em_kernels.one_shot.evaluation.engines.exchange import UnavailableError, post_json
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "reason"),
+    [
+        (silent, "no answer within 0.2 s$"),
+        # A byte now and then is no answer, however long they come.
+        (dripping, "no answer within 0.2 s$"),
+        (ending, "the connection ended \\(Remote end closed connection without response\\)$"),
+        (ending_in_the_middle, "the answer is no JSON object: '\\{\"choices\": \\['$"),
+        (page, "the answer is no JSON object: '<html>Welcome</html>'$"),
+        (answering({"error": {"message": "out of\nmemory"}}, 500), "HTTP 500, out of memory$"),
+        (answering([1], 503), "HTTP 503, \\[1\\]$"),
+    ],
+)
+def test_why_there_is_no_answer(behaviour: Behaviour, reason: str) -> None:
+    with hostile_server(behaviour) as server, pytest.raises(UnavailableError, match=f"^{reason}"):
+        post_json(server.url, {}, key=None, timeout=0.2)
+
+
+def test_an_answer_is_its_object() -> None:
+    with hostile_server(answering({"a": ["ü"]})) as server:
+        assert post_json(server.url, {}, key=None, timeout=5) == {"a": ["ü"]}
