@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from em_kernels.cli import analyze, bench, evaluate, info, report, select, sweep, train
 from em_kernels.cli.shared import Parser
 from em_kernels.one_shot.errors import UsageError
-from em_kernels.one_shot.interruption import Interrupted, Interruption
+from em_kernels.one_shot.interruption import Interruption
 
 _COMMANDS = (select, train, evaluate, analyze, sweep, report, bench, info)
 # These keep what they have done and take --resume.
@@ -38,17 +38,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options["train_options"] = others
     elif others:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
+    interruption = Interruption()
     try:
-        with Interruption():
+        with interruption:
             return run(**options) or 0
     except (UsageError, OSError) as error:
         print(f"em-kernels {command}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt as interrupt:
+    except KeyboardInterrupt:
         again = arguments if "--resume" in arguments else [*arguments, "--resume"]
         resume = f"; go on with: em-kernels {shlex.join(again)}" if command in _RESUMABLE else ""
         print(f"\nem-kernels {command}: interrupted{resume}", file=sys.stderr)
-        return 128 + (interrupt.signum if isinstance(interrupt, Interrupted) else signal.SIGINT)
+        return 128 + (interruption.signum or signal.SIGINT)
 
 
 def _parser() -> argparse.ArgumentParser:

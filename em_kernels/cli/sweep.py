@@ -20,7 +20,7 @@ def add_parser(commands: Any) -> None:
         description="Run em-kernels train for each combination of a grid of settings, and show means over seeds. All "
         "options of train may be given besides and hold for all runs; but its --output and --resume are the sweep's.",
         epilog=f"Settings: {', '.join(field.name for field in dataclasses.fields(TrainConfig))}. Values: 0.1,0.3 or "
-        'A:B or A:B:STEP, without B, for numbers; true or false; "texts, with commas" in double quotes.',
+        'A:B or A:B:STEP for numbers, B left out as in Python; true, false or none; "texts, with commas" in quotes.',
         allow_abbrev=False,
     )
     sweep.set_defaults(run=_sweep, train_options=[])

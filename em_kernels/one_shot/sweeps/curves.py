@@ -37,7 +37,8 @@ def draw_curves(target: Path, groups: Sequence[Group]) -> None:
     else:
         _draw_accuracy_by_step(accuracy_axes, groups[0])
     for axes in (loss_axes, accuracy_axes):
-        axes.set_ylim(bottom=0)
+        # Zero is in the picture, with room for a marker on it.
+        axes.set_ylim(bottom=-0.02 * axes.get_ylim()[1])
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, fontsize=9)
     save_figure(figure, target)

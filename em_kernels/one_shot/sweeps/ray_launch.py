@@ -117,9 +117,11 @@ def _nodes(ray: Any) -> list[dict[str, float]]:
 
 def _train(arguments: Sequence[str], log: Path, directory: str) -> int:
     """The task: what `train` returned. Ray has set the threads and the GPUs of the worker's environment."""
+    # Ray cancels a task by what Ctrl-C does, which workers ignore whose cluster was started in the background.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     process = start_train(arguments, log, os.environ, directory)
     try:
-        # Ray cancels a task by an exception, which has to wait for the end of a call into C.
+        # The interrupt has to wait for the end of a call into C.
         while process.poll() is None:
             time.sleep(_PAUSE)
         return process.returncode

@@ -1,6 +1,7 @@
 """A sweep: runs what of a grid is not finished, says how it goes on, and writes the results."""
 
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -97,7 +98,9 @@ def _ending(outcome: Outcome) -> str:
 
 
 def _last_line(outcome: Outcome) -> str:
-    """The last line that the run printed, which names its error."""
+    """The last line that the run printed, which names its error; or the signal that ended it."""
+    if outcome.status < 0:
+        return f"ended by {signal.Signals(-outcome.status).name}"
     text = outcome.run.log.read_text(encoding="utf-8", errors="replace") if outcome.run.log.exists() else ""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else f"exit status {outcome.status}"

@@ -76,7 +76,7 @@ def test_names_tell_apart_what_no_file_can_be_called() -> None:
     assert not any("/" in name or len(name) > 50 for name in names)
 
 
-# A value of each setting that is no number, other than the presets' values.
+# Another value than the presets' of each setting that is no number or switch there.
 _OTHER: dict[str, object] = {
     "prompts": ("-1, or two?",),
     "model": "m",
@@ -91,6 +91,7 @@ _OTHER: dict[str, object] = {
     "average": "sequences",
     "top_p": 0.5,
     "evaluation_file": "problems.jsonl",
+    "evaluation_tokens": 5,
 }
 
 

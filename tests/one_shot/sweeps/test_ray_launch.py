@@ -1,9 +1,12 @@
 """A sweep on a Ray cluster of two workers, one of which is killed."""
 
+import _thread
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +16,7 @@ import pytest
 from train_process import train_processes, wait_for_end
 
 from em_kernels.cli import main
+from em_kernels.one_shot.sweeps.ray_launch import _train
 
 ray = pytest.importorskip("ray")
 
@@ -82,3 +86,17 @@ def test_no_cluster_is_one_line(address: str, tmp_path: Path, capsys: pytest.Cap
     [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("em-kernels")]
     assert f"--ray is '{address}', where no Ray cluster can be joined" in line
     assert not (tmp_path / "s").exists()
+
+
+def test_a_cancelled_task_ends_its_process_where_ctrl_c_is_ignored(tmp_path: Path) -> None:
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ray interrupts the main thread of a worker by this very call.
+    cancel = threading.Timer(0.5, _thread.interrupt_main)
+    cancel.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            _train(["info"], tmp_path / "log", str(tmp_path))
+    finally:
+        cancel.join()
+        signal.signal(signal.SIGINT, handler)
+    assert "backends on cpu" not in (tmp_path / "log").read_text()
