@@ -203,7 +203,7 @@ def save_state(accelerator: Accelerator, prepared: Any, optimizer: Any, folder: 
         except CheckpointException as failure:
             # It is no Exception. Every process gets that of each process that failed.
             rank, (error, _) = next(iter(failure.failures.items()))
-            raise OSError(f"{folder} cannot be written by process {rank}: {error}") from failure
+            raise OSError(f"{folder} cannot be written by process {rank}: {error}") from error
 
 
 def restore_state(accelerator: Accelerator, prepared: Any, optimizer: Any, folder: Path) -> None:

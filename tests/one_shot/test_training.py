@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -559,6 +560,7 @@ def test_full_disk_leaves_nothing_half_written(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert str(tmp_path / "run" / named) in str(raised.value)
+    assert raised.value.errno == errno.EFBIG
     assert (_names(tmp_path / "run") if written else _names(tmp_path)) == (written or [])
     train(tiny_config, tmp_path / "run", resume=True)
     assert _names(tmp_path / "run") == sorted([*_RESULTS, "state-3"])
