@@ -45,11 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UsageError, OSError) as error:
         print(f"em-kernels {command}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         again = arguments if "--resume" in arguments else [*arguments, "--resume"]
         resume = f"; go on with: em-kernels {shlex.join(again)}" if command in _RESUMABLE else ""
         print(f"\nem-kernels {command}: interrupted{resume}", file=sys.stderr)
-        return 128 + (interruption.signum or signal.SIGINT)
+        # Training hears signals itself, and a library may raise an exception of its own for one.
+        return 128 + (getattr(interrupt, "signum", 0) or interruption.signum or signal.SIGINT)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -81,8 +81,15 @@ def _sweep(
         # A setting has the name of its option, but for the prompts, which two options bring.
         if shared.keys() & ({"prompt", "prompt_file"} if name == "prompts" else {name}):
             raise UsageError(f"{name} is in the grid and among the options of train, expected one of the two")
+    common = train.read_config(**shared)
+    for name, values in axes.items():
+        # No option says none, so that the preset's value would take its place.
+        if None in values and getattr(common, name) is not None:
+            raise UsageError(
+                f"--grid {name} has the value none, expected values, as train's preset has {getattr(common, name)}"
+            )
     # Files of prompts are read once, not for each combination.
-    shared["prompts"] = train.read_config(**shared).prompts
+    shared["prompts"] = common.prompts
     shared = {name: value for name, value in shared.items() if name not in ("prompt", "prompt_file")}
 
     def config_of(settings: Mapping[str, Any]) -> TrainConfig:

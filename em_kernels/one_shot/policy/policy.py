@@ -136,7 +136,13 @@ class Policy:
         total = len(requests) if isinstance(requests, Sized) else None
         completions = (self._begin(request, sampling) for request in requests)
         with progress(total, description, "completions", show=show_progress) as bar:
-            for completion in finish(decoding, completions, at_once, lambda _: None):
+            finished = finish(decoding, completions, at_once, lambda _: None)
+            while True:
+                # Entered here, autocast converts the weights once for several tokens, and not for each.
+                with self.computing():
+                    completion = next(finished, None)
+                if completion is None:
+                    return
                 bar.update(1)
                 text = decoding.stops.text(completion.ids)
                 truncated = not completion.ended

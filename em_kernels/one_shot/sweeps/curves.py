@@ -70,10 +70,12 @@ def _draw_accuracy_by_setting(axes: Axes, groups: Sequence[Group]) -> None:
         if others and number < _MOST_NAMES:
             axes.plot([], [], color=colour, label=others)
         for decoding, (line, marker, _) in _DECODINGS.items():
-            measured = {places[group.settings[first]]: group.accuracy(decoding) for group in members}
-            measured = {place: accuracy for place, accuracy in measured.items() if 0 in accuracy}
-            before = {place: accuracy[0] for place, accuracy in measured.items()}
-            after = {place: accuracy[max(accuracy)] for place, accuracy in measured.items()}
+            before, after = {}, {}
+            for group in members:
+                accuracy, last = group.accuracy(decoding), group.last_accuracy(decoding)
+                if 0 in accuracy and last is not None:
+                    place = places[group.settings[first]]
+                    before[place], after[place] = accuracy[0], last
             for points, alpha in ((before, _PALE), (after, 1.0)):
                 _draw_errors(axes, points, line + marker, color=colour, alpha=alpha)
     for line, marker, name in _DECODINGS.values():

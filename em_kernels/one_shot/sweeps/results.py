@@ -61,6 +61,16 @@ class Group:
     finished: list[Result]
     failed: int
 
+    def last(self, metric: str) -> Estimate | None:
+        """The mean of a metric of each run's own last step, which differ where a rule ends runs; None without runs."""
+        values = [result.metrics[-1][metric] for result in self.finished if result.metrics]
+        return mean_of(values) if values else None
+
+    def last_accuracy(self, decoding: str) -> Estimate | None:
+        """The mean of each run's own last accuracy; None where none was measured."""
+        measured = [result.accuracies[decoding] for result in self.finished if result.accuracies.get(decoding)]
+        return mean_of([accuracies[max(accuracies)] for accuracies in measured]) if measured else None
+
     def curve(self, metric: str) -> dict[int, Estimate]:
         """The mean of a metric after each step that all runs took."""
         steps = zip(*(result.metrics for result in self.finished), strict=False)

@@ -30,23 +30,24 @@ def _row(group: Group, decodings: Sequence[str]) -> list[str]:
     cells = [label(value) for value in group.settings.values()]
     cells += [str(len(group.finished)), str(group.failed)]
     for metric in ("loss", "entropy"):
-        curve = group.curve(metric)
-        cells.append(_nats(curve[max(curve)]) if curve else "-")
+        last = group.last(metric)
+        cells.append("-" if last is None else _nats(last))
     for decoding in decodings:
-        accuracy = group.accuracy(decoding)
-        if not accuracy:
+        accuracy, last = group.accuracy(decoding), group.last_accuracy(decoding)
+        if not accuracy or last is None:
             cells += ["-", "-", "-"]
             continue
         best = max(accuracy, key=lambda step: accuracy[step].mean)
         before = _share(accuracy[0]) if 0 in accuracy else "-"
-        cells += [before, _share(accuracy[max(accuracy)]), f"{_share(accuracy[best])} ({best})"]
+        cells += [before, _share(last), f"{_share(accuracy[best])} ({best})"]
     return cells
 
 
 def _notes(results: Sequence[Result]) -> list[str]:
     notes = [
         "Means over the finished runs of a row, which differ in their seed, ± the standard error over these seeds. "
-        "Loss (at the training temperature) and entropy (at temperature 1) are of the last step, in nats.",
+        "Loss (at the training temperature) and entropy (at temperature 1) are of each run's last step, in nats; the "
+        "best step is among those after which all of them were measured.",
     ]
     problems = max(result.problems for result in results)
     if problems:

@@ -66,6 +66,18 @@ def test_table_to_read(tmp_path: Path, results: list[Result]) -> None:
     )
 
 
+def test_runs_that_a_rule_ended_count_with_their_own_last_steps(tmp_path: Path) -> None:
+    runs = write_sweep(tmp_path, {"seed": (0, 1)})
+    write_run(runs[0], [0.5, 0.2], {0: 0.25, 2: 0.75}, {0: 0.125, 2: 0.5})
+    write_run(runs[1], [0.5, 0.4, 0.3], {0: 0.25, 3: 0.5}, {0: 0.125, 3: 0.25})
+    results = [read_result(run, failed=False) for run in runs]
+    head, _, row, *_ = write_table(SweepFolder(tmp_path), results, group_by_settings(results)).splitlines()
+    cells = dict(zip(_cells(head), _cells(row), strict=True))
+    assert cells["loss"] == "0.2500 ± 0.0500"
+    assert cells["greedy after"] == "62.5% ± 12.5%"
+    assert cells["greedy best (step)"] == "25.0% ± 0.0% (0)"
+
+
 def test_rows_to_compute_with(tmp_path: Path, results: list[Result]) -> None:
     folder = SweepFolder(tmp_path)
     write_table(folder, results, group_by_settings(results))
