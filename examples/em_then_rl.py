@@ -18,10 +18,12 @@ from em_kernels.integrations.trl import token_stats_in_trl
 from em_kernels.one_shot import TrainConfig
 from em_kernels.one_shot.data.built_in import make_problems
 from em_kernels.one_shot.data.problems import Problem
-from em_kernels.one_shot.evaluation import evaluate
+from em_kernels.one_shot.evaluation.evaluation import ProblemSet, evaluate, show, summaries
 from em_kernels.one_shot.evaluation.grading import Grader, Verdict
+from em_kernels.one_shot.evaluation.statistics import Estimate
 from em_kernels.one_shot.policy import Policy
 from em_kernels.one_shot.policy.model import load_model
+from em_kernels.one_shot.policy.sampling import Sampling
 from em_kernels.one_shot.runs.folder import RunFolder
 from em_kernels.one_shot.training import train
 
@@ -32,7 +34,8 @@ parser.add_argument("--em-steps", type=int, default=2)
 parser.add_argument("--grpo-steps", type=int, default=2)
 parser.add_argument("--batch-size", type=int, default=4, help="completions of a step")
 parser.add_argument("--max-new-tokens", type=int, default=16)
-parser.add_argument("--problems", type=int, default=4, help="problems of the table")
+parser.add_argument("--problems", type=int, default=8, help="problems of the table")
+parser.add_argument("--problem-tokens", type=int, default=64, help="longest completion of a problem of the table")
 parser.add_argument("--em-learning-rate", type=float, default=1e-5)
 parser.add_argument("--grpo-learning-rate", type=float, default=1e-5)
 args = parser.parse_args()
@@ -108,18 +111,14 @@ def line(name: str, model: str | None) -> str:
     loaded, tokenizer = load_model(model)
     accelerator = Accelerator()
     policy = Policy(accelerator.prepare(loaded), tokenizer, None, "float32")
-    found = evaluate(
-        accelerator,
-        policy,
-        [EM_PROMPT],
-        size=args.problems,
-        temperature=1.0,
-        max_new_tokens=args.max_new_tokens,
-        seed=TEST,
-        when=name,
-    )
-    entropies = [h for completion in found.completions for h in completion.entropy]
-    return f"| {name} | {found.greedy} | {found.sampled} | {sum(entropies) / len(entropies):.3f} |"
+    problems = ProblemSet("built-in", TEST_PROBLEMS)
+    records, _ = evaluate(accelerator, policy, problems, max_new_tokens=args.problem_tokens, seed=TEST, when=name)
+    accuracies = [Estimate(row["accuracy"], row["standard_error"]) for row in summaries(0, records, None)]
+    sampling = Sampling(1.0, args.max_new_tokens)
+    entropies = [
+        h for shown in show(accelerator, policy, [EM_PROMPT], sampling, seed=TEST, when=name) for h in shown.entropy
+    ]
+    return f"| {name} | {' | '.join(map(str, accuracies))} | {sum(entropies) / len(entropies):.3f} |"
 
 
 if args.output.exists() and any(args.output.iterdir()):

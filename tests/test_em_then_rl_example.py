@@ -16,6 +16,7 @@ def test_every_order_of_em_and_rl_is_trained_and_measured(tmp_path: Path) -> Non
     save_tiny_model(tmp_path / "model")
     command = [sys.executable, str(EXAMPLE), "--model", str(tmp_path / "model"), "--output", str(tmp_path / "out")]
     command += ["--em-steps", "2", "--grpo-steps", "2", "--batch-size", "4", "--max-new-tokens", "8", "--problems", "6"]
+    command += ["--problem-tokens", "8"]
     command += ["--em-learning-rate", "1e-2"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

@@ -49,9 +49,10 @@ def test_a_wrong_argument_is_one_line_and_status_2(tmp_path, command, arguments,
 
 
 def test_em_kernels_bench_without_a_checkout_says_so(monkeypatch, tmp_path, capsys):
+    import em_kernels
     from em_kernels import cli
 
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "em_kernels" / "cli.py"))
+    monkeypatch.setattr(em_kernels, "__file__", str(tmp_path / "em_kernels" / "__init__.py"))
     assert cli.main(["bench"]) == 2
     assert "need a checkout" in capsys.readouterr().err
 

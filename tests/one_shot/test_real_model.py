@@ -126,7 +126,7 @@ def _step(model: Any, rollout: Rollout, head_of: Any, dtype: str) -> tuple[StepS
 def test_both_losses_take_the_same_step(real: tuple[Any, Rollout]) -> None:
     in_float32 = [_step(*real, head_of, "float32") for head_of in (find_head, lambda _: None)]
     in_bfloat16 = [_step(*real, head_of, "bfloat16") for head_of in (find_head, lambda _: None)]
-    for (linear, *_), (logits, *_), within in ((*in_float32, 1e-5), (*in_bfloat16, 2**-8)):
+    for (linear, *_), (logits, *_), within in ((*in_float32, 1e-5), (*in_bfloat16, 2**-7)):
         assert linear.tokens == logits.tokens
         assert linear.loss == pytest.approx(logits.loss, rel=within)
         assert linear.entropy == pytest.approx(logits.entropy, rel=within)
