@@ -3,6 +3,7 @@ import errno
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -287,18 +288,29 @@ PreTrainedTokenizerBase.save_pretrained = lambda *_, **__: die()
 }
 
 
-@pytest.mark.parametrize("patch", _KILLED.values(), ids=_KILLED)
+# The last step whose state is there after each of these.
+_KEPT = {
+    "in the first evaluation": 0,
+    "in the second step": 1,
+    "writing the third state": 2,
+    "writing the checkpoint": 3,
+}
+
+
+@pytest.mark.parametrize("when", _KILLED)
 def test_killed_run_resumes_to_the_same_parameters(
-    finished: tuple[TrainConfig, Path], tmp_path: Path, patch: str
+    finished: tuple[TrainConfig, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], when: str
 ) -> None:
     config, expected = finished
     output = tmp_path / "run"
-    _killed(config, output, patch)
+    _killed(config, output, _KILLED[when])
     assert not (output / "checkpoint").exists()
     shown = output / "evaluations" / "shown-0.json"
     before = shown.stat().st_mtime_ns if shown.exists() else None
     train(config, output, resume=True)
     _assert_same_result(output, expected)
+    # A run that starts anew ends with the same bits, too.
+    assert re.findall(r"Resuming after step (\d)", capsys.readouterr().out) == [str(_KEPT[when])] * (_KEPT[when] > 0)
     if before is not None:
         assert shown.stat().st_mtime_ns == before
 
@@ -409,10 +421,17 @@ def test_folder_with_a_run_needs_resume(finished: tuple[TrainConfig, Path]) -> N
         train(*finished)
 
 
-def test_a_state_is_kept_at_least_every_so_many_steps(tiny_config: TrainConfig, tmp_path: Path) -> None:
+def test_a_state_is_kept_every_so_many_steps(
+    tiny_config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(UsageError, match="state_every is 0, expected an integer of at least 1"):
         train(tiny_config, tmp_path / "run", state_every=0)
     assert not (tmp_path / "run").exists()
+    steps: list[int] = []
+    keep_state = RunFolder.keep_state
+    monkeypatch.setattr(RunFolder, "keep_state", lambda run, step: (steps.append(step), keep_state(run, step)))
+    train(dataclasses.replace(tiny_config, evaluation_size=0, steps=5), tmp_path / "run", state_every=2)
+    assert steps == [2, 4, 5]
 
 
 @pytest.mark.parametrize(("share", "kept"), [(1e-9, [1, 3]), (1e9, [1, 2, 3])], ids=["long to write", "fast to write"])

@@ -43,7 +43,7 @@ def _problem(question: str, answer: int) -> Problem:
 
 
 _TEMPLATES: tuple[Callable[[str, str, int, int], Problem], ...] = (_gain, _loss, _sum, _groups, _price, _shares)
-# A model of 135M parameters solves a third of the problems that take one step with numbers of one digit.
+# Of the problems that take one step with numbers of one digit, a model of 135M parameters solves a quarter.
 _NUMBERS = (2, 9)
 
 
