@@ -61,11 +61,15 @@ def _evaluate(
     measurement = plan_measurement("evaluate", tasks, temperature, models, options)
 
     from em_kernels.one_shot.analysis.comparison import describe_comparison, draw_comparison
+    from em_kernels.one_shot.evaluation.gold import gold_notes
     from em_kernels.one_shot.evaluation.grading import Grader
     from em_kernels.one_shot.evaluation.scores import score
     from em_kernels.one_shot.runs.files import write_text
 
     folder = measurement.folder
+    of_gold = gold_notes(tasks)
+    for line in of_gold:
+        print_note(line)
     with measurement.drawn() as (records, config):
         with Grader() as grader:
             scores = score(
@@ -75,7 +79,7 @@ def _evaluate(
                 ks=pass_at or [options["samples"]],
                 same=grader.same,
             )
-        text = "\n".join(describe_comparison(scores, config)) + "\n"
+        text = "\n".join([*describe_comparison(scores, config), *(f"- {line}" for line in of_gold)]) + "\n"
         draw_comparison(folder / "accuracy.png", scores)
         write_text(folder / "table.md", text)
     print(text)

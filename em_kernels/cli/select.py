@@ -57,10 +57,13 @@ def _select(pool: Sequence[str], by: str, temperature: float, count: int, **opti
     from em_kernels.one_shot.analysis.selection import describe_selection, draw_selection
     from em_kernels.one_shot.data.selection import ranked
     from em_kernels.one_shot.evaluation.candidates import candidates
+    from em_kernels.one_shot.evaluation.gold import gold_notes
     from em_kernels.one_shot.evaluation.grading import Grader
     from em_kernels.one_shot.runs.files import write_text
 
     folder = measurement.folder
+    for line in gold_notes(tasks) if by == "variance" else ():
+        print_note(line)
     with measurement.drawn() as (records, _):
         if not any(record.completion.strip() for record in records):
             raise UsageError(f"the model generated nothing in {len(records)} completions, so no problem can be chosen")
