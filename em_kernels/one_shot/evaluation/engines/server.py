@@ -40,7 +40,7 @@ class Server:
         note: takes a line that says which settings the server does not know.
 
     Raises:
-        UsageError: the address is none, or the chat has a template.
+        UsageError: the address is none, the key cannot be sent, or the chat has a template.
     """
 
     endpoint: str
@@ -57,6 +57,9 @@ class Server:
             raise UsageError(f"endpoint is {self.endpoint!r}, expected an address such as http://localhost:8000/v1")
         if self.chat.template is not None:
             raise UsageError("a server formats chats by its own template, expected no other; start the server with it")
+        if self.key is not None and not (self.key.isascii() and self.key.isprintable()):
+            # The key itself must not get into a log.
+            raise UsageError("the key of the server has characters that cannot be sent, expected printable ASCII")
         path = address.path.rstrip("/").removesuffix("/chat/completions") or "/v1"
         self._url = address._replace(path=f"{path}/chat/completions").geturl()
         self._knows_neutral = True

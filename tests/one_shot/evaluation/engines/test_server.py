@@ -206,6 +206,13 @@ def test_an_address_that_is_none(url: str) -> None:
         _server(url)
 
 
+@pytest.mark.parametrize("key", ["secret\n", "secret\rmore", "secrét", "secret\u2028"])
+def test_a_key_that_cannot_be_sent_is_not_shown(key: str) -> None:
+    with pytest.raises(UsageError, match="expected printable ASCII$") as raised:
+        _server("http://localhost", key=key)
+    assert "secr" not in str(raised.value)
+
+
 def test_a_template_is_the_servers() -> None:
     with pytest.raises(UsageError, match="a server formats chats by its own template"):
         _server("http://localhost", chat=ChatFormat(template="plain"))
