@@ -82,7 +82,7 @@ class Server:
             UsageError: the server refuses a request, or gives no usable answer to one that was repeated several times.
         """
         pending, taking = iter(requests), threading.Lock()
-        ended: queue.Queue[Generated | Exception] = queue.Queue()
+        ended: queue.Queue[Generated | Exception | None] = queue.Queue()
         stopped = threading.Event()
 
         def work() -> None:
@@ -90,34 +90,35 @@ class Server:
                 with taking:
                     request = next(pending, None)
                 if request is None:
-                    return
+                    break
                 try:
                     ended.put(self._complete(request, sampling, stopped))
                 except Exception as error:
                     ended.put(error)
                     stopped.set()
+            ended.put(None)
 
-        for _ in range(min(self.concurrency, len(requests))):
+        working = min(self.concurrency, len(requests))
+        for _ in range(working):
             # A thread that waits for a silent server must not keep the process from ending.
             threading.Thread(target=work, daemon=True).start()
+        failure = None
         try:
             with progress(len(requests), description, "completions", show=show_progress) as bar:
-                for _ in requests:
+                # After a failure, what the other threads have asked for is still waited for: it may have been paid for.
+                while working:
                     one = ended.get()
-                    if isinstance(one, Exception):
-                        yield from self._rest(ended)
-                        raise one
-                    bar.update(1)
-                    yield one
+                    if one is None:
+                        working -= 1
+                    elif isinstance(one, Exception):
+                        failure = failure or one
+                    else:
+                        bar.update(1)
+                        yield one
         finally:
             stopped.set()
-
-    def _rest(self, ended: "queue.Queue[Generated | Exception]") -> Iterator[Generated]:
-        """The completions that ended before an error was seen."""
-        while not ended.empty():
-            one = ended.get()
-            if isinstance(one, Generated):
-                yield one
+        if failure is not None:
+            raise failure
 
     def _complete(self, request: Request, sampling: Sampling, stopped: threading.Event) -> Generated:
         for attempt in range(_ATTEMPTS):
