@@ -27,6 +27,10 @@ class Handler(BaseHTTPRequestHandler):
         with contextlib.suppress(ConnectionError):
             behave(self)
 
+    def do_GET(self) -> None:
+        self.server.gets.append(self.path)
+        self.send(200, b"{}")
+
     def send(self, status: int, content: bytes, *, length: int | None = None, **headers: str) -> None:
         self.send_response(status)
         self.send_header("Content-Length", str(len(content) if length is None else length))
@@ -47,6 +51,7 @@ class HostileServer(ThreadingHTTPServer):
         self.behaviours, self.otherwise = behaviours, otherwise
         self.bodies: list[dict[str, Any]] = []
         self.paths: list[str] = []
+        self.gets: list[str] = []
         self.keys: list[str | None] = []
         self.changing = threading.Lock()
 

@@ -200,7 +200,8 @@ def _server(model: "NamedModel", chat: "ChatFormat", options: dict[str, Any]) ->
         chat=chat,
         concurrency=options["concurrency"],
         timeout=options["timeout"],
-        key=os.environ.get("OPENAI_API_KEY"),
+        # A key that is read from a file often ends in a line break.
+        key=os.environ.get("OPENAI_API_KEY", "").strip() or None,
         note=print_note,
     )
 

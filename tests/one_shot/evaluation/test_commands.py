@@ -198,6 +198,13 @@ def test_select_by_agreement_needs_no_answers(tmp_path: Path) -> None:
     assert {row["problem"]: row["p"] for row in ranking} == {i: max(answers[i].values()) / 5 for i in range(4)}
 
 
+def test_a_key_may_end_in_a_line_break(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "secret\r\n")
+    with hostile_server(otherwise=_skilled) as server:
+        assert _evaluate(server, tmp_path / "out", "weak", "--task", _problems(tmp_path / "sums.jsonl", 1)) == 0
+        assert set(server.keys) == {"Bearer secret"}
+
+
 def test_a_server_that_does_not_draw_is_noticed(tmp_path: Path) -> None:
     options = ["m", "--task", _problems(tmp_path / "sums.jsonl", 3), "--temperature", "0,1", "--samples", "2"]
     with hostile_server(otherwise=answering(completion("It is 4."))) as server:

@@ -5,7 +5,7 @@ import json
 import time
 import urllib.error
 import urllib.request
-from typing import Any
+from typing import Any, NoReturn
 
 # Answers that say that the same request may succeed later; all others below 500 say that it never will.
 _TEMPORARY = (408, 409, 425, 429)
@@ -45,7 +45,7 @@ def post_json(url: str, body: dict[str, Any], *, key: str | None, timeout: float
     request = urllib.request.Request(url, json.dumps(body).encode(), headers)
     deadline = time.monotonic() + timeout
     try:
-        with urllib.request.urlopen(request, timeout=timeout) as response:
+        with urllib.request.build_opener(_NoRedirect).open(request, timeout=timeout) as response:
             answer = _read(response, deadline)
     except urllib.error.HTTPError as error:
         raise _of_status(error) from None
@@ -60,6 +60,14 @@ def post_json(url: str, body: dict[str, Any], *, key: str | None, timeout: float
     if not isinstance(value, dict):
         raise UnavailableError(f"the answer is no JSON object: {_start(answer)}")
     return value
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Refuses to go elsewhere: urllib would ask the other host by GET, and send it the key."""
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> NoReturn:
+        fp.close()
+        raise RefusedError(f"HTTP {code}, the server redirects to {newurl}")
 
 
 def _read(response: http.client.HTTPResponse, deadline: float) -> bytes:

@@ -40,7 +40,7 @@ class Server:
         note: takes a line that says which settings the server does not know.
 
     Raises:
-        UsageError: the address is none, or the chat has a template.
+        UsageError: the address is none, the key cannot be sent, or the chat has a template.
     """
 
     endpoint: str
@@ -57,6 +57,9 @@ class Server:
             raise UsageError(f"endpoint is {self.endpoint!r}, expected an address such as http://localhost:8000/v1")
         if self.chat.template is not None:
             raise UsageError("a server formats chats by its own template, expected no other; start the server with it")
+        if self.key is not None and not (self.key.isascii() and self.key.isprintable()):
+            # The key itself must not get into a log.
+            raise UsageError("the key of the server has characters that cannot be sent, expected printable ASCII")
         path = address.path.rstrip("/").removesuffix("/chat/completions") or "/v1"
         self._url = address._replace(path=f"{path}/chat/completions").geturl()
         self._knows_neutral = True
@@ -79,7 +82,7 @@ class Server:
             UsageError: the server refuses a request, or gives no usable answer to one that was repeated several times.
         """
         pending, taking = iter(requests), threading.Lock()
-        ended: queue.Queue[Generated | Exception] = queue.Queue()
+        ended: queue.Queue[Generated | Exception | None] = queue.Queue()
         stopped = threading.Event()
 
         def work() -> None:
@@ -87,34 +90,35 @@ class Server:
                 with taking:
                     request = next(pending, None)
                 if request is None:
-                    return
+                    break
                 try:
                     ended.put(self._complete(request, sampling, stopped))
                 except Exception as error:
                     ended.put(error)
                     stopped.set()
+            ended.put(None)
 
-        for _ in range(min(self.concurrency, len(requests))):
+        working = min(self.concurrency, len(requests))
+        for _ in range(working):
             # A thread that waits for a silent server must not keep the process from ending.
             threading.Thread(target=work, daemon=True).start()
+        failure = None
         try:
             with progress(len(requests), description, "completions", show=show_progress) as bar:
-                for _ in requests:
+                # After a failure, what the other threads have asked for is still waited for: it may have been paid for.
+                while working:
                     one = ended.get()
-                    if isinstance(one, Exception):
-                        yield from self._rest(ended)
-                        raise one
-                    bar.update(1)
-                    yield one
+                    if one is None:
+                        working -= 1
+                    elif isinstance(one, Exception):
+                        failure = failure or one
+                    else:
+                        bar.update(1)
+                        yield one
         finally:
             stopped.set()
-
-    def _rest(self, ended: "queue.Queue[Generated | Exception]") -> Iterator[Generated]:
-        """The completions that ended before an error was seen."""
-        while not ended.empty():
-            one = ended.get()
-            if isinstance(one, Generated):
-                yield one
+        if failure is not None:
+            raise failure
 
     def _complete(self, request: Request, sampling: Sampling, stopped: threading.Event) -> Generated:
         for attempt in range(_ATTEMPTS):

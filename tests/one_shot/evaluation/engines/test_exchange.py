@@ -1,7 +1,7 @@
 import pytest
 from hostile_server import Behaviour, answering, dripping, ending, ending_in_the_middle, hostile_server, page, silent
 
-from em_kernels.one_shot.evaluation.engines.exchange import UnavailableError, post_json
+from em_kernels.one_shot.evaluation.engines.exchange import RefusedError, UnavailableError, post_json
 
 
 @pytest.mark.parametrize(
@@ -20,6 +20,14 @@ from em_kernels.one_shot.evaluation.engines.exchange import UnavailableError, po
 def test_why_there_is_no_answer(behaviour: Behaviour, reason: str) -> None:
     with hostile_server(behaviour) as server, pytest.raises(UnavailableError, match=f"^{reason}"):
         post_json(server.url, {}, key=None, timeout=0.2)
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_the_key_goes_to_no_other_host(status: int) -> None:
+    with hostile_server() as other, hostile_server(answering({}, status, Location=other.url)) as server:
+        with pytest.raises(RefusedError, match=f"^HTTP {status}, the server redirects to {other.url}$"):
+            post_json(server.url, {}, key="secret", timeout=5)
+        assert other.gets == other.keys == []
 
 
 def test_an_answer_is_its_object() -> None:

@@ -176,24 +176,27 @@ def test_completions_before_the_server_dies_are_kept_and_no_more_are_asked_for()
         assert len(server.bodies) == 3 + 6
 
 
-def test_completions_that_ended_while_nobody_looked_come_before_the_error() -> None:
+def test_completions_under_way_when_a_request_is_refused_come_before_the_error() -> None:
+    refused = threading.Event()
+
     def late(handler: Any) -> None:
-        time.sleep(0.6)
+        refused.wait(5)
+        time.sleep(0.2)
         _fine(handler)
 
     def wrong(handler: Any) -> None:
-        time.sleep(0.3)
         answering({}, 404)(handler)
+        refused.set()
 
-    with hostile_server(_fine, wrong, late) as server:
-        completions = _server(server.url, timeout=10).complete(
+    found: list[Generated] = []
+    with hostile_server(late, late, wrong) as server:
+        completions = _server(server.url, concurrency=3, timeout=10).complete(
             _REQUESTS, _SAMPLING, description="", show_progress=False
         )
-        assert next(completions).text == "x"
-        time.sleep(1.5)
-        assert next(completions).text == "x"
         with pytest.raises(UsageError, match="HTTP 404"):
-            next(completions)
+            found.extend(completions)
+        assert len(found) == 2
+        assert len(server.bodies) == 3
 
 
 def _fine(handler: Any) -> None:
@@ -204,6 +207,13 @@ def _fine(handler: Any) -> None:
 def test_an_address_that_is_none(url: str) -> None:
     with pytest.raises(UsageError, match="expected an address such as http://localhost:8000/v1"):
         _server(url)
+
+
+@pytest.mark.parametrize("key", ["secret\n", "secret\rmore", "secrét", "secret\u2028"])
+def test_a_key_that_cannot_be_sent_is_not_shown(key: str) -> None:
+    with pytest.raises(UsageError, match=r"expected printable ASCII$") as raised:
+        _server("http://localhost", key=key)
+    assert "secr" not in str(raised.value)
 
 
 def test_a_template_is_the_servers() -> None:
