@@ -113,7 +113,9 @@ class RunFolder:
         if self.checkpoint.exists():
             # The result of fewer steps keeps its name by step.
             if self.checkpoint_after(last).exists():
-                shutil.rmtree(self.checkpoint)
+                # Half a checkpoint would pass for the result of a finished run.
+                os.replace(self.checkpoint, unfinished(self.checkpoint))
+                remove_unfinished(self.path)
             else:
                 os.replace(self.checkpoint, self.checkpoint_after(last))
         if self.config.exists():
