@@ -17,9 +17,10 @@ def test_a_checkpoint_that_is_half_removed_is_no_result(tmp_path: Path, monkeypa
     def killed(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", killed)
-        run.begin(TrainConfig(steps=3), {"processes": 1})
+        with pytest.raises(KeyboardInterrupt):
+            run.begin(TrainConfig(steps=3), {"processes": 1})
     assert not run.checkpoint.exists()
     run.begin(TrainConfig(steps=3), {"processes": 1})
     assert sorted(path.name for path in tmp_path.iterdir()) == [
