@@ -10,6 +10,7 @@ from em_kernels.cli.chat import add_chat_options, chat_format
 from em_kernels.cli.measuring import positive, temperature
 from em_kernels.cli.shared import import_quietly, print_note
 from em_kernels.one_shot.errors import UsageError
+from em_kernels.one_shot.json_lines import json_line
 
 
 def add_parser(commands: Any) -> None:
@@ -109,7 +110,7 @@ def _models(kind: str, models: Sequence[str], output: Path, resume: bool, **opti
     config = {"models": {model.name: model.source for model in named}, **settings, **surroundings()}
     write_text(output / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     rows = [{"model": name, **analysis.figures(of)} for name, of in measured.items()]
-    write_text(output / f"{kind}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(output / f"{kind}.jsonl", "".join(json_line(row) for row in rows))
     analysis.draw(output / f"{kind}.png", measured)
     about = ["", BUILT_IN_NOTE] if any(model.source is None for model in named) else []
     _finish(output, kind, [*analysis.describe(measured), "", _settings_text(settings), *about])

@@ -1,6 +1,5 @@
 """em-kernels select: the training prompt on which a model's success varies most."""
 
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -8,6 +7,7 @@ from em_kernels.cli.measuring import add_measuring_options, plan_measurement, po
 from em_kernels.cli.shared import print_note
 from em_kernels.one_shot.data.fields import NoAnswerError
 from em_kernels.one_shot.errors import UsageError
+from em_kernels.one_shot.json_lines import json_line
 
 if TYPE_CHECKING:
     from em_kernels.one_shot.data.selection import Candidate
@@ -89,4 +89,4 @@ def _line(rank: int, candidate: "Candidate") -> str:
         "standard_error": candidate.standard_error,
         "samples": len(candidate.successes),
     }
-    return json.dumps(values, ensure_ascii=False) + "\n"
+    return json_line(values)

@@ -2,11 +2,14 @@
 
 decided>X          more than the share X of a step's tokens had next to no entropy left (see `metrics.DECIDED`)
 loss<X             a step's loss was below X nats
-agreement-falls    the share of evaluation problems on which a sampled answer agrees with the greedy one fell from one
-                   evaluation to the next by more than its standard error
+agreement-falls    the share of evaluation problems on which a sampled answer agrees with the greedy one fell below the
+                   highest share so far by more than 1.96 standard errors of the difference
+
+The error of a share of x problems among n is that of the share (x + 1) / (n + 2), which is not 0 where all agree. The
+error of the difference takes the problems of two evaluations for independent. The highest of many shares is partly high
+by chance, so noise ends a run more often the more evaluations it has.
 """
 
-import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -68,8 +71,15 @@ def check_rule(rule: str) -> tuple[str, float]:
 
 def _first_fall(rows: Sequence[dict[str, Any]]) -> int | None:
     ordered = sorted(rows, key=lambda row: row["step"])
-    for before, after in itertools.pairwise(ordered):
-        share = before["agreement"]
-        if share - after["agreement"] > math.sqrt(share * (1 - share) / before["problems"]):
-            return after["step"]
+    for index, row in enumerate(ordered):
+        highest = max(ordered[: index + 1], key=lambda earlier: earlier["agreement"])
+        error = math.sqrt(_squared_error(highest) + _squared_error(row))
+        if highest["agreement"] - row["agreement"] > 1.96 * error:
+            return row["step"]
     return None
+
+
+def _squared_error(row: dict[str, Any]) -> float:
+    problems = row["problems"]
+    share = (row["agreement"] * problems + 1) / (problems + 2)
+    return share * (1 - share) / problems

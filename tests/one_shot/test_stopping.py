@@ -40,9 +40,13 @@ def test_threshold(rule: str, step: int | None) -> None:
         ((), None),
         ((0.5,), None),
         ((0.5, 0.8, 0.9), None),
-        # A standard error is 0.05.
+        # 1.96 standard errors of the difference are 0.14 here.
         ((0.5, 0.46, 0.42), None),
-        ((0.5, 0.6, 0.5, 0.4), 10),
+        ((0.5, 0.6, 0.5, 0.4), 15),
+        # Each fall is small, and their sum is not.
+        ((0.5, 0.47, 0.44, 0.41, 0.38, 0.35, 0.32), 25),
+        # One problem of 100 is noise, although all agreed before.
+        ((1.0, 0.99), None),
     ],
 )
 def test_agreement_that_falls_by_more_than_its_error(agreements: tuple[float, ...], step: int | None) -> None:

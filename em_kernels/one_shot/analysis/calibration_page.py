@@ -1,6 +1,5 @@
 """The tables and the picture of how reliable votes and log-probabilities are."""
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ from em_kernels.one_shot.analysis.drawing import (
 from em_kernels.one_shot.analysis.tables import markdown_table
 from em_kernels.one_shot.errors import UsageError
 from em_kernels.one_shot.evaluation.records import Record, read_records
+from em_kernels.one_shot.json_lines import json_line
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ def describe_calibration(cells: Mapping[str, Calibration]) -> list[str]:
 
 
 def calibration_lines(cells: Mapping[str, Calibration]) -> str:
-    """The same figures, a JSON object a line."""
-    return "".join(json.dumps({"of": name, **asdict(cell)}, ensure_ascii=False) + "\n" for name, cell in cells.items())
+    """The same figures, a JSON object a line; null where a figure is not defined."""
+    return "".join(json_line({"of": name, **asdict(cell)}) for name, cell in cells.items())
 
 
 def draw_calibration(target: Path, cells: Mapping[str, Calibration]) -> None:

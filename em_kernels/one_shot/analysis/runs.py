@@ -1,6 +1,7 @@
 """Run folders as they were left, finished or not, and groups of runs that differ in nothing but the seed."""
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,6 +124,8 @@ def _rows(path: Path, *, numbers: tuple[str, ...], texts: tuple[str, ...]) -> li
         return []
     rows = []
     for row in read_rows(path):
+        if row.fields.get("standard_error", 0) is None:  # A single problem has none, and JSON no NaN.
+            row.fields["standard_error"] = math.nan
         _check(row, numbers, texts)
         rows.append(row.fields)
     return sorted(rows, key=lambda fields: fields["step"])

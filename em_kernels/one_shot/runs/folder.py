@@ -17,6 +17,7 @@ checkpoint/        the trained model and its tokenizer, for from_pretrained; wri
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,7 @@ from torch import Tensor
 from em_kernels.one_shot.config import TrainConfig
 from em_kernels.one_shot.errors import UsageError
 from em_kernels.one_shot.evaluation.records import Record
+from em_kernels.one_shot.json_lines import json_line
 from em_kernels.one_shot.policy.model import save_model
 from em_kernels.one_shot.runs.files import is_unfinished, remove_unfinished, unfinished, write_text
 from em_kernels.one_shot.runs.lock import is_lock, locked
@@ -113,7 +115,9 @@ class RunFolder:
         if self.checkpoint.exists():
             # The result of fewer steps keeps its name by step.
             if self.checkpoint_after(last).exists():
-                shutil.rmtree(self.checkpoint)
+                # Half a checkpoint would pass for the result of a finished run.
+                os.replace(self.checkpoint, unfinished(self.checkpoint))
+                remove_unfinished(self.path)
             else:
                 os.replace(self.checkpoint, self.checkpoint_after(last))
         if self.config.exists():
@@ -171,7 +175,9 @@ class RunFolder:
         return self._shown(step).exists()
 
     def read_evaluations(self) -> list[dict[str, Any]]:
-        return _read_rows(self.evaluations)
+        rows = _read_rows(self.evaluations)
+        # A single problem has no standard error, and JSON no NaN.
+        return [{**row, "standard_error": math.nan} if row.get("standard_error", 0) is None else row for row in rows]
 
     def records(self, step: int) -> Path:
         """The file with the completions and verdicts of the evaluation after a step."""
@@ -203,4 +209,4 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    write_text(path, "".join(f"{json.dumps(row)}\n" for row in rows))
+    write_text(path, "".join(json_line(row) for row in rows))

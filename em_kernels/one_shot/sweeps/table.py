@@ -1,6 +1,5 @@
 """The results of a sweep as tables: a row per run to compute with, and means over seeds to read."""
 
-import json
 import math
 from collections.abc import Sequence
 
@@ -8,6 +7,7 @@ from em_kernels.one_shot.analysis.accuracies import CHOSEN_ON
 from em_kernels.one_shot.analysis.report import BUILT_IN_NOTE
 from em_kernels.one_shot.analysis.tables import markdown_table
 from em_kernels.one_shot.evaluation.statistics import Estimate
+from em_kernels.one_shot.json_lines import json_line
 from em_kernels.one_shot.runs.files import write_text
 from em_kernels.one_shot.sweeps.folder import SweepFolder
 from em_kernels.one_shot.sweeps.grid import label
@@ -16,7 +16,7 @@ from em_kernels.one_shot.sweeps.results import DECODINGS, Group, Result
 
 def write_table(folder: SweepFolder, results: Sequence[Result], groups: Sequence[Group]) -> str:
     """Writes table.jsonl and table.md, and returns the text of table.md."""
-    write_text(folder.rows, "".join(f"{json.dumps(result.to_row(), ensure_ascii=False)}\n" for result in results))
+    write_text(folder.rows, "".join(json_line(result.to_row()) for result in results))
     decodings = [decoding for decoding in DECODINGS if any(group.accuracy(decoding) for group in groups)]
     head = [*groups[0].settings, "runs", "failed", "loss", "entropy"]
     head += [f"{decoding} {when}" for decoding in decodings for when in ("before", "after", "best (step)")]

@@ -9,6 +9,7 @@ from written_runs import changed, write_run
 from em_kernels.one_shot.config import TrainConfig
 from em_kernels.one_shot.errors import UsageError
 from em_kernels.one_shot.sweeps.folder import Run, SweepFolder
+from em_kernels.one_shot.sweeps.sweep import sweep
 
 _GRID = {"temperature": (0.1, 0.3), "seed": (0, 1)}
 
@@ -101,3 +102,14 @@ def test_a_refused_value_leaves_no_folder(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="steps is 0"):
         _open(tmp_path / "s", TrainConfig(), {"steps": (1, 0)}, resume=False)
     assert not (tmp_path / "s").exists()
+
+
+def test_a_run_that_ended_after_its_sweep_was_killed_keeps_no_state(tmp_path: Path) -> None:
+    config = TrainConfig(steps=2)
+    runs = _open(tmp_path / "s", config, {"seed": (0, 1)}, resume=False)
+    write_run(runs[0], [0.2, 0.1], {}, {})
+    write_run(runs[1], [0.2], {}, {}, finished=False)
+    for run, step in zip(runs, (2, 1), strict=True):
+        run.folder.state(step).mkdir()
+    sweep(partial(changed, config), {"seed": (0, 1)}, tmp_path / "s", resume=True, launcher=lambda *_, **__: iter(()))
+    assert [run.folder.kept_step() for run in runs] == [0, 1]
