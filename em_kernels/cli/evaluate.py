@@ -6,6 +6,7 @@ from typing import Any
 
 from em_kernels.cli.measuring import add_measuring_options, plan_measurement, positive, temperature
 from em_kernels.cli.shared import print_note
+from em_kernels.one_shot.errors import UsageError
 
 
 def add_parser(commands: Any) -> None:
@@ -55,6 +56,8 @@ def _evaluate(
     pass_at: Sequence[int] | None,
     **options: Any,
 ) -> None:
+    if pass_at and max(pass_at) > options["samples"]:
+        raise UsageError(f"--pass-at is {max(pass_at)}, expected at most the samples per problem, {options['samples']}")
     from em_kernels.one_shot.evaluation.tasks import read_tasks
 
     tasks = read_tasks(task, limit=options["limit"], note=print_note)

@@ -13,7 +13,7 @@ from em_kernels.one_shot.errors import UsageError
 from em_kernels.one_shot.interruption import Interruption
 
 _COMMANDS = (select, train, evaluate, analyze, sweep, report, bench, info)
-# These keep what they have done and take --resume.
+# These keep what they have done and take --resume; of the analyses, some do.
 _RESUMABLE = ("select", "train", "evaluate", "sweep")
 
 
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt as interrupt:
         again = arguments if "--resume" in arguments else [*arguments, "--resume"]
-        resume = f"; go on with: em-kernels {shlex.join(again)}" if command in _RESUMABLE else ""
+        resume = f"; go on with: em-kernels {shlex.join(again)}" if command in _RESUMABLE or "resume" in options else ""
         print(f"\nem-kernels {command}: interrupted{resume}", file=sys.stderr)
         # Training hears signals itself, and a library may raise an exception of its own for one.
         return 128 + (getattr(interrupt, "signum", 0) or interruption.signum or signal.SIGINT)

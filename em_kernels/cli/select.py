@@ -69,6 +69,8 @@ def _select(pool: Sequence[str], by: str, temperature: float, count: int, **opti
             raise UsageError(f"the model generated nothing in {len(records)} completions, so no problem can be chosen")
         with Grader() as grader:
             order = ranked(candidates(records, same=grader.same if by == "agreement" else None))
+        if count > len(order):
+            print_note(f"--count is {count}, but the pool has {len(order)} problems; the prompt file has all of them")
         write_text(folder / "ranking.jsonl", "".join(_line(i, candidate) for i, candidate in enumerate(order, 1)))
         write_text(folder / "prompts.jsonl", "".join(_line(i, one) for i, one in enumerate(order[:count], 1)))
         draw_selection(folder / "histogram.png", order, by)

@@ -17,7 +17,7 @@ from em_kernels.one_shot.errors import UsageError
 from em_kernels.one_shot.evaluation.evaluation import ProblemSet
 from em_kernels.one_shot.optimizer import make_optimizer
 from em_kernels.one_shot.policy import Policy
-from em_kernels.one_shot.policy.adapter import add_adapter, hold_frozen_in
+from em_kernels.one_shot.policy.adapter import add_adapter, has_adapter, hold_frozen_in
 from em_kernels.one_shot.policy.chat import ChatFormat
 from em_kernels.one_shot.policy.model import BUILT_IN, checkpoint_activations, load_model
 from em_kernels.one_shot.policy.sampling import Sampling
@@ -92,10 +92,14 @@ def evaluation_problems(config: TrainConfig) -> ProblemSet:
     return ProblemSet(path.stem, problems)
 
 
-def headline(accelerator: Accelerator, prepared: Prepared, config: TrainConfig, output: Path) -> str:
+def headline(
+    accelerator: Accelerator, prepared: Prepared, config: TrainConfig, output: Path, problem_set: ProblemSet
+) -> str:
     """What a run says before its first step."""
     trained = "" if prepared.trained == prepared.parameters else f", {prepared.trained:,} of them trained"
     processes = "" if accelerator.num_processes == 1 else f" x {accelerator.num_processes} processes"
+    found = len(problem_set.problems)
+    few = f"\nEvaluations take {found} problems, not {config.evaluation_size}: {problem_set.name} has no more"
     return (
         f"{config.model or BUILT_IN}, {prepared.parameters:,} parameters{trained}, {config.dtype} on "
         f"{accelerator.device}{processes}; run folder {output}\n"
@@ -103,6 +107,7 @@ def headline(accelerator: Accelerator, prepared: Prepared, config: TrainConfig, 
         f"tokens, temperature {config.temperature:g}, learning rate {config.learning_rate:g}\n"
         f"On disk: {_state_bytes(prepared.trained, config) / 1e9:.2g} GB for the state that --resume goes on from, "
         f"{_checkpoint_bytes(prepared, config) / 1e9:.2g} GB for each model that is kept"
+        + (few if found < config.evaluation_size else "")
     )
 
 
@@ -128,5 +133,5 @@ def _state_bytes(trained: int, config: TrainConfig) -> int:
 
 
 def _checkpoint_bytes(prepared: Prepared, config: TrainConfig) -> int:
-    written = prepared.trained if config.lora_rank else prepared.parameters
+    written = prepared.trained if has_adapter(prepared.policy.model) else prepared.parameters
     return written * (2 if config.optimizer == "adamw8bit" else 4)

@@ -86,7 +86,7 @@ def train(config: TrainConfig, output: str | Path, *, resume: bool = False, stat
         if accelerator.is_main_process:
             run.begin(config, {**surroundings(), "processes": processes})
         accelerator.wait_for_everyone()
-        accelerator.print(headline(accelerator, prepared, config, run.path), flush=True)
+        accelerator.print(headline(accelerator, prepared, config, run.path, problems), flush=True)
         if training_sampling(config).filtered:
             accelerator.print(FILTER_NOTE, flush=True)
         if config.report_to != "none":

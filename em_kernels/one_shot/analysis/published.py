@@ -74,9 +74,11 @@ def published_table(tasks: Collection[str] = TASKS) -> list[str]:
     """The lines of a Markdown table of the published accuracies.
 
     Args:
-        tasks: names of problem sets; where none of them is a name of TASKS, there is no table and no line.
+        tasks: names of problem sets, with any punctuation and in capitals or not; where none of them is in TASKS, there
+            is no table and no line.
     """
-    shown = [task for task in TASKS if task in tasks]
+    asked = {_plain(task) for task in tasks}
+    shown = [task for task, title in TASKS.items() if asked & {_plain(task), _plain(title)}]
     if not shown:
         return []
     rows = [
@@ -93,3 +95,8 @@ def published_table(tasks: Collection[str] = TASKS) -> list[str]:
         ),
     ]
     return lines
+
+
+def _plain(task: str) -> str:
+    """The name without punctuation, and of a data set of the Hub without its owner."""
+    return "".join(filter(str.isalnum, task.rpartition("/")[2].casefold()))

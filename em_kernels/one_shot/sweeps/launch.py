@@ -56,7 +56,7 @@ def launch(
                 run, since = running.pop(process)
                 yield Outcome(run, process.returncode, time.monotonic() - since)
     except KeyboardInterrupt:
-        print(f"ending {len(running)} runs, each after its step", file=sys.stderr)
+        print(f"ending {len(running)} runs, which keep their last whole step", file=sys.stderr)
         raise
     finally:
         end(list(running))

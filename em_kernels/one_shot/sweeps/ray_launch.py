@@ -105,7 +105,7 @@ def launch_on_ray(
                 status = _status(ray, reference, run)
                 yield Outcome(run, status, time.monotonic() - begun.get(run.name, time.monotonic()))
     except KeyboardInterrupt:
-        print("ending the runs, each after its step", file=sys.stderr)
+        print("ending the runs, which keep their last whole step", file=sys.stderr)
         raise
     finally:
         _cancel(ray, list(tasks))
@@ -141,7 +141,7 @@ def _status(ray: Any, reference: Any, run: Run) -> int:
 
 
 def _cancel(ray: Any, references: list[Any]) -> None:
-    """Has what still runs end after its step, and leaves the cluster."""
+    """Has what still runs end with its last whole step kept, and leaves the cluster."""
     try:
         for reference in references:
             ray.cancel(reference)

@@ -24,3 +24,10 @@ def test_a_table_shows_the_sets_that_were_asked_for_and_both_averages() -> None:
     assert "27.7" in lines[-1]
     assert "31.3" in lines[-1]
     assert published_table(["svamp"]) == []
+
+
+def test_a_set_is_known_by_any_spelling() -> None:
+    expected = published_table(["math500", "amc23"])
+    assert published_table(["HuggingFaceH4/MATH-500", "AMC23"]) == expected
+    assert published_table(["MATH_500", "amc-23"]) == expected
+    assert published_table(["Minerva"]) == published_table(["minerva_math"]) != []

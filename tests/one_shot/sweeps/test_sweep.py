@@ -113,7 +113,7 @@ def test_an_interrupted_sweep_ends_its_runs_and_says_how_to_go_on(tiny_folder: P
     _, said = sweep.communicate()
     assert sweep.returncode == 128 + signal.SIGTERM, said
     *_, ending, last = filter(None, said.splitlines())
-    assert ending == "ending 1 runs, each after its step"
+    assert ending == "ending 1 runs, which keep their last whole step"
     assert last.startswith("em-kernels sweep: interrupted; go on with: em-kernels sweep --grid seed=3 ")
     assert last.endswith(" --resume")
     wait_for_end(train)
