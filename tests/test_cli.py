@@ -222,7 +222,7 @@ except SystemExit as stopped:
     assert not stopped.code
 loaded = {{"transformers", "accelerate", "matplotlib", "math_verify"}} & set(sys.modules)
 assert not loaded, loaded
-assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+assert os.environ["GOMP_SPINCOUNT"] == "10000"
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

@@ -96,7 +96,7 @@ def _models(kind: str, models: Sequence[str], output: Path, resume: bool, **opti
     named = find_models(models)
     for number, model in enumerate(named, start=1):
         # What decides the result of the model, for --resume to tell it from that of other settings.
-        by = json.loads(json.dumps({**settings, "model": model.source, "texts": prompts}))
+        by = json.loads(json.dumps({**settings, "model": model.source, "weights": model.weights, "texts": prompts}))
         kept = output / "measured" / f"{number}.json"
         values = _read_kept(kept, by) if resume else None
         if values is None:

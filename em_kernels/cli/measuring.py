@@ -51,7 +51,7 @@ def add_measuring_options(parser: Any, *, samples: int) -> None:
         help="server with OpenAI's chat completions, such as http://localhost:8000/v1; key: $OPENAI_API_KEY",
     )
     where.add_argument("--concurrency", type=positive, default=32, metavar="N", help="completions at once (32)")
-    where.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="for a server's answer (600)")
+    where.add_argument("--timeout", type=_seconds, default=600.0, metavar="SECONDS", help="for a server's answer (600)")
 
 
 def positive(text: str) -> int:
@@ -68,6 +68,14 @@ def temperature(text: str) -> float:
     return value
 
 
+def _seconds(text: str) -> float:
+    value = float(text)
+    # Sockets take no more than 2**31 milliseconds.
+    if not 0 < value <= 1e6:
+        raise argparse.ArgumentTypeError(f"{text} is no time limit; expected seconds, above 0 and at most a million")
+    return value
+
+
 @dataclasses.dataclass(frozen=True)
 class Measurement:
     """Completions to be drawn, and the folder that they go into.
@@ -80,6 +88,7 @@ class Measurement:
         folder: the folder.
         settings: what decides the completions, for config.json.
         resume: whether the folder may hold completions that the settings have drawn before.
+        endpoint: the address of the server that draws them; None where this machine does.
     """
 
     plan: "Plan"
@@ -89,6 +98,7 @@ class Measurement:
     folder: Path
     settings: dict[str, Any]
     resume: bool
+    endpoint: str | None
 
     @contextmanager
     def drawn(self) -> "Iterator[tuple[list[Record], dict[str, Any]]]":
@@ -102,7 +112,12 @@ class Measurement:
         from em_kernels.one_shot.runs.surroundings import surroundings
 
         path = self.folder / COMPLETIONS
-        with output_folder(self.folder, self.settings, surroundings(), resume=self.resume) as config:
+        made_with = surroundings()
+        if self.endpoint is not None:
+            # What this machine has besides the grader made nothing of the result.
+            own = {name: made_with["versions"][name] for name in ("em_kernels", "python", "math-verify")}
+            made_with = {"versions": own, "device": f"the server {self.endpoint}"}
+        with output_folder(self.folder, self.settings, made_with, resume=self.resume) as config:
             if len(self.models) > 1 and not path.exists():
                 # A mistake in a later model's name would be seen when the completions of the first are drawn.
                 for model in self.models:
@@ -146,6 +161,7 @@ def plan_measurement(
     found = find_models(named)
     settings = {
         "models": {model.name: model.source for model in found},
+        "weights": {model.name: model.weights for model in found if options["endpoint"] is None},
         "tasks": {task.name: _contents(task) for task in tasks},
         "temperatures": plan.temperatures,
         "samples": plan.samples,
@@ -163,6 +179,7 @@ def plan_measurement(
         options["output"] or default_run_folder(command, resume=options["resume"]),
         settings,
         options["resume"],
+        options["endpoint"],
     )
 
 

@@ -24,6 +24,8 @@ def import_quietly() -> None:
     # Transformers imports torchao where it is there, and both say at length what does not concern a run.
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # DeepSpeed, where it is there, says so on standard output of every machine without a GPU.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
     try:
         for package in ("accelerate", "math_verify", "matplotlib", "tqdm", "transformers"):
             importlib.import_module(package)

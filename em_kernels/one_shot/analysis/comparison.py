@@ -149,13 +149,13 @@ def _means(scores: Sequence[Scores], estimate: Callable[[Scores], Estimate]) -> 
 
 def _settings(config: dict[str, Any]) -> list[str]:
     settings = config["settings"]
-    shown = [f"{name} {value!r}" for name, value in settings.items() if name not in ("models", "tasks")]
-    versions = [f"{name} {version}" for name, version in config["versions"].items()]
+    shown = [f"{name} {value!r}" for name, value in settings.items() if name not in ("models", "tasks", "weights")]
+    versions = [*(f"{name} {version}" for name, version in config["versions"].items()), config["device"]]
     return [
         *(f"- model {name}: {source or 'SmolLM2-135M-Instruct'}" for name, source in settings["models"].items()),
         *(f"- task {name}: {contents}" for name, contents in settings["tasks"].items()),
         f"- {', '.join(shown)}",
-        f"- {', '.join(versions)}, {config['device']}",
+        f"- {', '.join(versions)}",
     ]
 
 

@@ -1,5 +1,6 @@
 """The models of a command line: a name or a folder, the run folder of a training run, or the built-in model."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +23,13 @@ class NamedModel:
 
     name: str
     source: str | None
+
+    @property
+    def weights(self) -> str | None:
+        """What tells the weights in a folder from those that a training run may put in their place; None of a name."""
+        files = sorted(Path(self.source).glob("*.safetensors")) if self.source else []
+        states = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        return hashlib.sha256(repr(states).encode()).hexdigest()[:16] if states else None
 
 
 def find_models(arguments: Sequence[str]) -> list[NamedModel]:

@@ -70,6 +70,9 @@ def test_models_are_measured_on_the_same_draws(tmp_path: Path, capsys: pytest.Ca
     assert "mean of the tasks" in table
     assert "- task sums: 4 problems, SHA-256 " in table
     assert f"em_kernels {__version__}, python " in table
+    # The server made the completions, and not this machine's packages.
+    assert f"the server {server.url}" in table
+    assert "torch" not in table
     assert "All completions of each problem are the same" not in table
     assert "| Qwen2.5-Math-7B" in table
     assert "135M" not in table
@@ -134,6 +137,10 @@ def test_what_is_there_when_the_server_dies_is_kept(
         (["evaluate", "--task", "absent.jsonl"], "file absent.jsonl cannot be read: No such file"),
         (["evaluate", "--endpoint", "http://127.0.0.1:9"], "--endpoint needs a model"),
         (["evaluate", "--endpoint", "nowhere", "m"], "endpoint is 'nowhere', expected an address"),
+        (["evaluate", "--endpoint", "http://[::1/v1", "m"], r"endpoint is 'http://\[::1/v1', expected an address"),
+        (["evaluate", "--timeout", "-1"], "argument --timeout: -1 is no time limit; expected seconds, above 0"),
+        (["evaluate", "--timeout", "nan"], "argument --timeout: nan is no time limit"),
+        (["evaluate", "--timeout", "1e9"], "argument --timeout: 1e9 is no time limit"),
         (["evaluate", "--top-p", "2"], "top_p is 2.0, expected a finite number above 0 and at most 1"),
         (["evaluate", "absent/folder/model"], "model 'absent/folder/model' cannot be loaded"),
         (["evaluate", "built-in", "absent/folder/model"], "model 'absent/folder/model' cannot be loaded"),

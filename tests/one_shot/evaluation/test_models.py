@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -42,3 +43,16 @@ def test_a_run_means_its_last_checkpoint(tmp_path: Path) -> None:
 def test_a_run_without_a_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="has no checkpoint yet; train --resume finishes the run"):
         find_models([_run(tmp_path / "a")])
+
+
+def test_weights_that_were_put_in_the_place_of_others_are_told_apart(tmp_path: Path) -> None:
+    [folder] = find_models([str(tmp_path)])
+    assert folder.weights is None
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"first")
+    first = folder.weights
+    assert first == folder.weights
+    file.write_bytes(b"other")
+    os.utime(file, ns=(0, 0))
+    assert folder.weights != first
+    assert find_models(["built-in"])[0].weights is None

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from em_kernels.one_shot.errors import UsageError
 from em_kernels.one_shot.evaluation.engines.exchange import RefusedError, UnavailableError, post_json
@@ -52,9 +52,7 @@ class Server:
     note: Callable[[str], None]
 
     def __post_init__(self) -> None:
-        address = urlsplit(self.endpoint)
-        if address.scheme not in ("http", "https") or not address.hostname:
-            raise UsageError(f"endpoint is {self.endpoint!r}, expected an address such as http://localhost:8000/v1")
+        address = split_endpoint(self.endpoint)
         if self.chat.template is not None:
             raise UsageError("a server formats chats by its own template, expected no other; start the server with it")
         if self.key is not None and not (self.key.isascii() and self.key.isprintable()):
@@ -182,6 +180,24 @@ class Server:
         ends = [end for end in ((text or "").find(stop) for stop in self.chat.stop) if end >= 0]
         text = (text or "")[: min(ends, default=None)]
         return Generated(request.key, text, tokens, truncated=reason == "length" and not ends)
+
+
+def split_endpoint(endpoint: str) -> SplitResult:
+    """The parts of a server's address.
+
+    Raises:
+        UsageError: the address is none, or has a user name, which is never sent.
+    """
+    try:
+        address = urlsplit(endpoint)
+        # Reading the port raises ValueError if it is no number.
+        if address.scheme not in ("http", "https") or not address.hostname or address.port == 0:
+            raise ValueError
+    except ValueError:
+        raise UsageError(f"endpoint is {endpoint!r}, expected an address such as http://localhost:8000/v1") from None
+    if "@" in address.netloc:
+        raise UsageError(f"endpoint has a user name before {address.hostname}, expected none")
+    return address
 
 
 def _wanted(sampling: Sampling) -> dict[str, Any]:

@@ -203,10 +203,17 @@ def _fine(handler: Any) -> None:
     answering(completion("x"))(handler)
 
 
-@pytest.mark.parametrize("url", ["localhost:8000", "ftp://host", "http://", ""])
+@pytest.mark.parametrize(
+    "url", ["localhost:8000", "ftp://host", "http://", "", "http://[::1/v1", "http://host:port", "http://host:0"]
+)
 def test_an_address_that_is_none(url: str) -> None:
     with pytest.raises(UsageError, match="expected an address such as http://localhost:8000/v1"):
         _server(url)
+
+
+def test_an_address_with_a_password_is_not_shown() -> None:
+    with pytest.raises(UsageError, match=r"^endpoint has a user name before host, expected none$"):
+        _server("http://user:secret@host/v1")
 
 
 @pytest.mark.parametrize("key", ["secret\n", "secret\rmore", "secrét", "secret\u2028"])
