@@ -10,6 +10,8 @@ from em_kernels.one_shot import progress
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The time in seconds, which stands still but for the tests."""
     now = [100.0]
+    # A command that another test ran with --quiet has silenced the process.
+    monkeypatch.setattr(progress, "_quiet", False)
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     return now
 

@@ -293,7 +293,7 @@ _KEPT = {
     "in the first evaluation": 0,
     "in the second step": 1,
     "writing the third state": 2,
-    "writing the checkpoint": 3,
+    "writing the checkpoint": 4,
 }
 
 

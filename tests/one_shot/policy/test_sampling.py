@@ -212,5 +212,6 @@ def test_progress_counts_tokens(
     policy: Policy, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(progress, "_quiet", False)
     policy.sample(["1+1?"], Sampling(1.0, 12), seed=1, description="drawing")
     assert re.search(r"^drawing: 12 of 12 \(tokens\)", capsys.readouterr().err, re.MULTILINE)
