@@ -105,9 +105,9 @@ def silent(handler: Handler) -> None:
     time.sleep(1.0)
 
 
-def dripping(handler: Handler) -> None:
+def dripping(handler: Handler, status: int = 200) -> None:
     """Sends a byte now and then, and never all."""
-    handler.send(200, b"", length=1000)
+    handler.send(status, b"", length=1000)
     for _ in range(20):
         handler.wfile.write(b" ")
         handler.wfile.flush()

@@ -257,6 +257,7 @@ class _Loop:
         run, config, accelerator, step = self.run, self.config, self.accelerator, self.taken
         if self._agreed(run.is_evaluated(step)):
             return
+        self._leave_if_asked()
         when = "before" if step == 0 else "after" if step == config.steps else f"step {step}"
         seed = config.evaluation_seed
         records, agreement = evaluate(

@@ -90,7 +90,7 @@ def _draw_metrics(loss_axes: Axes, share_axes: Axes, metrics: Sequence[dict[str,
 
 def _title(when: str, completions: Sequence[Completion], accuracy: str) -> str:
     entropies = [entropy for completion in completions for entropy in completion.entropy]
-    return f"{when}: mean entropy {_mean(entropies):.2f} nats" + (f"; accuracy {accuracy}" if accuracy else "")
+    return f"{when}: mean entropy {_mean(entropies):.2f} nats" + (f"\naccuracy {accuracy}" if accuracy else "")
 
 
 def _draw_completions(axes: Axes, completions: Sequence[Completion], title: str) -> None:

@@ -48,7 +48,7 @@ def post_json(url: str, body: dict[str, Any], *, key: str | None, timeout: float
         with urllib.request.build_opener(_NoRedirect).open(request, timeout=timeout) as response:
             answer = _read(response, deadline)
     except urllib.error.HTTPError as error:
-        raise _of_status(error) from None
+        raise _of_status(error, deadline) from None
     except TimeoutError:
         raise UnavailableError(f"no answer within {timeout:g} s") from None
     except (OSError, http.client.HTTPException) as error:
@@ -70,7 +70,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         raise RefusedError(f"HTTP {code}, the server redirects to {newurl}")
 
 
-def _read(response: http.client.HTTPResponse, deadline: float) -> bytes:
+def _read(response: Any, deadline: float) -> bytes:
     """The whole body; the limit of the socket alone would let a server send a byte at a time for ever."""
     parts = []
     while part := response.read1(1 << 16):
@@ -80,18 +80,18 @@ def _read(response: http.client.HTTPResponse, deadline: float) -> bytes:
     return b"".join(parts)
 
 
-def _of_status(error: urllib.error.HTTPError) -> Exception:
-    reason = f"HTTP {error.code}, {_own_reason(error) or error.reason}"
+def _of_status(error: urllib.error.HTTPError, deadline: float) -> Exception:
+    reason = f"HTTP {error.code}, {_own_reason(error, deadline) or error.reason}"
     if error.code in _TEMPORARY or error.code >= 500:
         after = error.headers.get("Retry-After") or ""
         return UnavailableError(reason, float(after) if after.isdecimal() else 0.0)
     return RefusedError(reason)
 
 
-def _own_reason(error: urllib.error.HTTPError) -> str:
+def _own_reason(error: urllib.error.HTTPError, deadline: float) -> str:
     """What the server says in the body of an error, in any of the forms that servers have for it."""
     try:
-        body = error.read()
+        body = _read(error, deadline)
     except (OSError, http.client.HTTPException):
         return ""
     try:

@@ -1,7 +1,18 @@
+import time
+from functools import partial
+
 import pytest
 from hostile_server import Behaviour, answering, dripping, ending, ending_in_the_middle, hostile_server, page, silent
 
 from em_kernels.one_shot.evaluation.engines.exchange import RefusedError, UnavailableError, post_json
+
+
+def test_the_body_of_an_error_has_a_time_limit_too() -> None:
+    started = time.monotonic()
+    with hostile_server(partial(dripping, status=500)) as server, pytest.raises(UnavailableError, match=r"^HTTP 500"):
+        post_json(server.url, {}, key=None, timeout=0.2)
+    # The whole body would take a second.
+    assert time.monotonic() - started < 0.8
 
 
 @pytest.mark.parametrize(
