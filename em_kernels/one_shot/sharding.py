@@ -71,6 +71,9 @@ def start(config: TrainConfig, output: Path) -> Accelerator:
         project_dir=str(output),
         kwargs_handlers=over_gloo,
     )
+    # This state is the process's. A trainer that ended in the middle of an accumulation has left it so that optimisers
+    # neither step nor clear gradients.
+    accelerator.sync_gradients = True
     # With this, Transformers would have ZeRO-3 load one process's part of the model, whose head could not be checked.
     unset_hf_deepspeed_config()
     _check(accelerator, fsdp=fsdp, deepspeed=deepspeed, shard=config.shard)

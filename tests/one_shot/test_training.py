@@ -421,6 +421,17 @@ def test_folder_with_a_run_needs_resume(finished: tuple[TrainConfig, Path]) -> N
         train(*finished)
 
 
+def test_a_trainer_that_ended_in_an_accumulation_does_not_stop_the_optimiser(
+    tiny_config: TrainConfig, tmp_path: Path
+) -> None:
+    Accelerator().sync_gradients = False
+    train(dataclasses.replace(tiny_config, evaluation_size=0, steps=2), tmp_path / "run")
+    first, second = RunFolder(tmp_path / "run").read_metrics()
+    assert second["kl"] > 0
+    # A gradient that is not cleared would add up.
+    assert second["gradient_norm"] < 1.5 * first["gradient_norm"]
+
+
 def test_a_state_is_kept_every_so_many_steps(
     tiny_config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
