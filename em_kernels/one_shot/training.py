@@ -278,6 +278,8 @@ class _Loop:
 
     def _stopped(self) -> bool:
         """Whether a rule ends the run here; says which one."""
+        if not self.config.stop_when:
+            return False
         rule = stopped_by(self.config.stop_when, self.run.read_metrics(), self.run.read_evaluations())
         if self._agreed(rule is not None):
             self._say(f"Stopped after step {self.taken} by the rule {rule}")

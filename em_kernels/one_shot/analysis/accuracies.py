@@ -4,7 +4,7 @@ from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 
 from em_kernels.one_shot.analysis.runs import Run
-from em_kernels.one_shot.evaluation.records import Record
+from em_kernels.one_shot.evaluation.records import Record, scores
 from em_kernels.one_shot.evaluation.statistics import Estimate, paired_difference
 
 # What evaluations.jsonl calls the two ways of decoding, and the temperature that its records have.
@@ -56,7 +56,7 @@ def difference(run: Run, decoding: str, first: int, second: int) -> Estimate | N
 
     None where the completions of one of the two steps were not kept, or were of other problems.
     """
-    before, after = (_scores(run.records(step), DECODINGS[decoding]) for step in (first, second))
+    before, after = (scores(run.records(step), DECODINGS[decoding], _asked) for step in (first, second))
     return paired_difference(before, after) if before and before.keys() == after.keys() else None
 
 
@@ -80,15 +80,11 @@ def last_scores(runs: Iterable[Run], decoding: str) -> dict[Hashable, list[float
     together: dict[Hashable, list[float]] = {}
     for run in runs:
         steps = run.accuracies(decoding)
-        for problem, values in (_scores(run.records(max(steps)), DECODINGS[decoding]) if steps else {}).items():
+        for problem, values in (scores(run.records(max(steps)), DECODINGS[decoding], _asked) if steps else {}).items():
             together.setdefault(problem, []).extend(values)
     return together
 
 
-def _scores(records: Iterable[Record], temperature: float) -> dict[Hashable, list[float]]:
-    scores: dict[Hashable, list[float]] = {}
-    for record in records:
-        if record.temperature == temperature:
-            # Two runs may have drawn other problems under the same number.
-            scores.setdefault((record.task, record.question), []).append(float(record.verdict == "right"))
-    return scores
+def _asked(record: Record) -> Hashable:
+    # Two runs may have drawn other problems under the same number.
+    return record.task, record.question

@@ -8,18 +8,12 @@ from pathlib import Path
 from matplotlib.axes import Axes
 
 from em_kernels.one_shot.analysis.calibration import Bin, Logprobs, Votes, measure_logprobs, measure_votes
-from em_kernels.one_shot.analysis.drawing import (
-    colour,
-    draw_absence,
-    draw_legend,
-    new_axes,
-    save_figure,
-    short_name,
-)
+from em_kernels.one_shot.analysis.drawing import colour, draw_absence, draw_legend, new_axes, short_name
 from em_kernels.one_shot.analysis.tables import markdown_table
 from em_kernels.one_shot.errors import UsageError
 from em_kernels.one_shot.evaluation.records import Record, read_records
 from em_kernels.one_shot.json_lines import json_line
+from em_kernels.one_shot.runs.figures import save_figure
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from em_kernels.one_shot.analysis.accuracies import BUILT_IN_NOTE, difference_text
-from em_kernels.one_shot.analysis.drawing import colour, draw_legend, new_axes, save_figure
+from em_kernels.one_shot.analysis.drawing import colour, draw_legend, new_axes
 from em_kernels.one_shot.analysis.published import published_table
 from em_kernels.one_shot.analysis.tables import markdown_table
 from em_kernels.one_shot.evaluation.scores import Scores
 from em_kernels.one_shot.evaluation.statistics import Estimate, paired_difference
+from em_kernels.one_shot.runs.figures import save_figure
 
 _MEAN = "mean of the tasks"
 

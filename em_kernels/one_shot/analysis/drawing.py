@@ -1,6 +1,5 @@
-"""What the pictures of the analyses share: their size and style, bands, and whole-or-absent files."""
+"""What the pictures of the analyses share: their size and style, bands and legends."""
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,9 +7,6 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-
-from em_kernels.one_shot.runs.files import whole_or_absent
 
 # Distinct for readers who do not tell red from green (Okabe and Ito 2008), the lightest left out.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
@@ -39,11 +35,6 @@ def short_name(name: str) -> str:
     return name if len(name) <= 24 else "/".join(Path(name).parts[-2:])
 
 
-def label_steps(axes: Axes) -> None:
-    axes.set_xlabel("optimiser step")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-
-
 def begin_at_zero(axes: Axes) -> None:
     """Lets the vertical axis begin a little below 0, so that a dot at 0 is whole."""
     top = axes.get_ylim()[1]
@@ -67,10 +58,3 @@ def draw_legend(figure: Figure, axes: Axes, *, columns: int = 1) -> None:
     handles, labels = axes.get_legend_handles_labels()
     if labels:
         figure.legend(handles, labels, loc="outside lower left", ncols=columns, frameon=False, fontsize=9)
-
-
-def save_figure(figure: Figure, target: Path) -> None:
-    with warnings.catch_warnings(), whole_or_absent(target) as temporary:
-        # A character that the font lacks is drawn as a box; a warning for each such character would say no more.
-        warnings.filterwarnings("ignore", message="Glyph")
-        figure.savefig(temporary, format="png")

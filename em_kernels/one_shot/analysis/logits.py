@@ -5,13 +5,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from em_kernels.one_shot.analysis.drawing import colour, new_axes, save_figure, short_name
+from em_kernels.one_shot.analysis.drawing import colour, new_axes, short_name
 from em_kernels.one_shot.analysis.generated import score_own_completions
 from em_kernels.one_shot.analysis.moments import Moments
 from em_kernels.one_shot.analysis.published import PAPER
 from em_kernels.one_shot.analysis.tables import markdown_table
 from em_kernels.one_shot.policy import Policy
 from em_kernels.one_shot.policy.sampling import Sampling
+from em_kernels.one_shot.runs.figures import save_figure
 
 NOTE = (
     "The logits are raw: of the whole vocabulary, before temperature and filters, at the positions of the tokens that "

@@ -4,18 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from em_kernels.one_shot.analysis.accuracies import DECODINGS
-from em_kernels.one_shot.analysis.drawing import (
-    begin_at_zero,
-    colour,
-    draw_absence,
-    draw_band,
-    draw_legend,
-    label_steps,
-    new_axes,
-    save_figure,
-)
+from em_kernels.one_shot.analysis.drawing import begin_at_zero, colour, draw_absence, draw_band, draw_legend, new_axes
 from em_kernels.one_shot.analysis.groups import Group, band_of
 from em_kernels.one_shot.analysis.published import AUTHOR_LOSSES, AUTHOR_LOSSES_SOURCE
+from em_kernels.one_shot.runs.figures import label_steps, save_figure
 
 # What a panel shows: the name in metrics.jsonl, the title, the unit, and the factor to that unit.
 _PANELS = (

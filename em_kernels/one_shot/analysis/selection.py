@@ -7,9 +7,10 @@ from pathlib import Path
 
 from matplotlib.ticker import MaxNLocator
 
-from em_kernels.one_shot.analysis.drawing import colour, new_axes, save_figure
+from em_kernels.one_shot.analysis.drawing import colour, new_axes
 from em_kernels.one_shot.analysis.tables import markdown_table
 from em_kernels.one_shot.data.selection import Candidate
+from em_kernels.one_shot.runs.figures import save_figure
 
 _SHOWN = 10
 _QUESTION = 60

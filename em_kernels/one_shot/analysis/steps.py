@@ -7,17 +7,10 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from em_kernels.one_shot.analysis.accuracies import CHOSEN_ON, Course, courses, difference, difference_text, when
-from em_kernels.one_shot.analysis.drawing import (
-    begin_at_zero,
-    colour,
-    draw_absence,
-    draw_legend,
-    label_steps,
-    new_axes,
-    save_figure,
-)
+from em_kernels.one_shot.analysis.drawing import begin_at_zero, colour, draw_absence, draw_legend, new_axes
 from em_kernels.one_shot.analysis.runs import Run
 from em_kernels.one_shot.analysis.tables import markdown_table
+from em_kernels.one_shot.runs.figures import label_steps, save_figure
 from em_kernels.one_shot.stopping import AGREEMENT, first_stop
 
 # The rules that a run is held against besides its own.

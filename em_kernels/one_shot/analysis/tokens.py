@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from em_kernels import token_entropy
-from em_kernels.one_shot.analysis.drawing import colour, draw_legend, new_axes, save_figure, short_name
+from em_kernels.one_shot.analysis.drawing import colour, draw_legend, new_axes, short_name
 from em_kernels.one_shot.analysis.generated import score_own_completions
 from em_kernels.one_shot.analysis.tables import markdown_table
 from em_kernels.one_shot.metrics import DECIDED
 from em_kernels.one_shot.policy import Policy
 from em_kernels.one_shot.policy.sampling import Sampling
+from em_kernels.one_shot.runs.figures import save_figure
 
 # The share of the tokens, those of the highest entropy, that is looked at (Wang et al. 2025, arXiv 2506.01939).
 TOP = 0.2

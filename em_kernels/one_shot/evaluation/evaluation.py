@@ -1,15 +1,16 @@
 """The evaluation of a policy: every problem's completion and verdict, and a few completions of the training prompts."""
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from em_kernels.one_shot.data.problems import Problem
 from em_kernels.one_shot.evaluation.grading import Grader, Verdict
-from em_kernels.one_shot.evaluation.records import Record
+from em_kernels.one_shot.evaluation.measure import graded
+from em_kernels.one_shot.evaluation.records import Record, scores
 from em_kernels.one_shot.evaluation.statistics import mean_over_problems
 from em_kernels.one_shot.policy import Policy
 from em_kernels.one_shot.policy.generation import Request
@@ -104,15 +105,6 @@ def summaries(step: int, records: Sequence[Record], agreement: float | None) -> 
     return rows
 
 
-def scores(records: Sequence[Record], temperature: float) -> dict[Hashable, list[float]]:
-    """For each problem 1 for a right completion at the temperature and 0 for another."""
-    return {
-        record.problem: [float(record.verdict == Verdict.RIGHT.value)]
-        for record in records
-        if record.temperature == temperature
-    }
-
-
 def show(
     accelerator: Accelerator, policy: Policy, prompts: Sequence[str], sampling: Sampling, *, seed: int, when: str
 ) -> list[Completion]:
@@ -167,32 +159,19 @@ def _graded(
         description=description,
         show_progress=accelerator.is_main_process,
     )
-    records = list(_records(grader, problem_set, completions, len(own), temperature or 0.0))
+    records = [
+        graded(
+            generated,
+            problem_set.problems[i],
+            grader,
+            task=problem_set.name,
+            number=i,
+            temperature=temperature or 0.0,
+        )
+        for generated in completions
+        for place, i in [cast(tuple[int, int], generated.key)]
+        if place < len(own)
+    ]
     if accelerator.num_processes > 1:
         records = gather_object(records)
     return sorted(records, key=lambda record: record.problem)
-
-
-def _records(
-    grader: Grader, problem_set: ProblemSet, completions: Any, wanted: int, temperature: float
-) -> Iterator[Record]:
-    for generated in completions:
-        place, i = generated.key
-        if place >= wanted:
-            continue
-        problem = problem_set.problems[i]
-        grade = grader.grade(generated.text, problem, truncated=generated.truncated)
-        yield Record(
-            task=problem_set.name,
-            problem=i,
-            sample=0,
-            temperature=temperature,
-            question=problem.question,
-            answers=problem.answers,
-            completion=generated.text,
-            answer=grade.answer,
-            verdict=grade.verdict.value,
-            tokens=generated.tokens,
-            truncated=generated.truncated,
-            logprob=generated.logprob,
-        )

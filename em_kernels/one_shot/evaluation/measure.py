@@ -6,12 +6,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
+from em_kernels.one_shot.data.problems import Problem
 from em_kernels.one_shot.errors import UsageError
 from em_kernels.one_shot.evaluation.engines import Engine
 from em_kernels.one_shot.evaluation.grading import Grader
 from em_kernels.one_shot.evaluation.records import Record, append_records, read_records
 from em_kernels.one_shot.evaluation.tasks import Task
-from em_kernels.one_shot.policy.generation import Request
+from em_kernels.one_shot.policy.generation import Generated, Request
 from em_kernels.one_shot.policy.sampling import Sampling, derive_seed
 
 
@@ -84,6 +85,36 @@ def measure(load: Callable[[], Engine], model: str, plan: Plan, path: Path) -> N
         raise UsageError(f"{error}; {len(kept) + drawn} completions are kept, and --resume draws the others") from None
 
 
+def graded(
+    generated: Generated,
+    problem: Problem,
+    grader: Grader,
+    *,
+    task: str,
+    number: int,
+    temperature: float,
+    sample: int = 0,
+    model: str = "",
+) -> Record:
+    """Grades a completion of the problem with this number in the task, and returns its record."""
+    grade = grader.grade(generated.text, problem, truncated=generated.truncated)
+    return Record(
+        task=task,
+        problem=number,
+        sample=sample,
+        temperature=temperature,
+        question=problem.question,
+        answers=problem.answers,
+        completion=generated.text,
+        answer=grade.answer,
+        verdict=grade.verdict.value,
+        tokens=generated.tokens,
+        truncated=generated.truncated,
+        model=model,
+        logprob=generated.logprob,
+    )
+
+
 def _records(
     engine: Engine, grader: Grader, model: str, plan: Plan, missing: dict[float, list[Request]]
 ) -> Iterator[Record]:
@@ -96,19 +127,6 @@ def _records(
         for generated in engine(requests, sampling, description=description):
             task, i, sample = cast(tuple[str, int, int], generated.key)
             problem = problems[task, i]
-            grade = grader.grade(generated.text, problem, truncated=generated.truncated)
-            yield Record(
-                task=task,
-                problem=i,
-                sample=sample,
-                temperature=temperature,
-                question=problem.question,
-                answers=problem.answers,
-                completion=generated.text,
-                answer=grade.answer,
-                verdict=grade.verdict.value,
-                tokens=generated.tokens,
-                truncated=generated.truncated,
-                model=model,
-                logprob=generated.logprob,
+            yield graded(
+                generated, problem, grader, task=task, number=i, temperature=temperature, sample=sample, model=model
             )

@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from em_kernels.one_shot.errors import UsageError
+from em_kernels.one_shot.evaluation.grading import Verdict
 from em_kernels.one_shot.runs.files import failing_as_os_error
 
 
@@ -57,6 +58,23 @@ def read_records(path: Path) -> list[Record]:
     # A writer that is killed leaves at most one line without its end.
     *lines, _ = path.read_bytes().split(b"\n")
     return [_record(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+
+
+def scores(
+    records: Iterable[Record], temperature: float, problem: Callable[[Record], Hashable] = lambda record: record.problem
+) -> dict[Hashable, list[float]]:
+    """For each problem 1 for each right completion at the temperature and 0 for each other.
+
+    Args:
+        records: the records.
+        temperature: the temperature of those that count.
+        problem: what tells problems apart; the number does in one set of problems.
+    """
+    found: dict[Hashable, list[float]] = {}
+    for record in records:
+        if record.temperature == temperature:
+            found.setdefault(problem(record), []).append(float(record.verdict == Verdict.RIGHT.value))
+    return found
 
 
 def append_records(path: Path, records: Iterable[Record]) -> None:

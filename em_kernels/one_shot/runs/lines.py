@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from em_kernels.one_shot.evaluation.evaluation import scores
-from em_kernels.one_shot.evaluation.records import Record
+from em_kernels.one_shot.evaluation.records import Record, scores
 from em_kernels.one_shot.evaluation.statistics import Estimate, paired_difference
 from em_kernels.one_shot.metrics import DECIDED
 

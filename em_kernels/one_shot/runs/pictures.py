@@ -1,6 +1,5 @@
 """What a person looks at after a run: the completions as text, and one picture."""
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,11 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
 
 from em_kernels.one_shot.evaluation.evaluation import Completion
 from em_kernels.one_shot.metrics import DECIDED
-from em_kernels.one_shot.runs.files import whole_or_absent, write_text
+from em_kernels.one_shot.runs.figures import label_steps, save_figure
+from em_kernels.one_shot.runs.files import write_text
 
 _COLUMNS, _ROWS = 74, 15
 _COLOURS = matplotlib.colormaps["YlOrRd"]
@@ -65,10 +64,7 @@ def draw_report(
     bar = figure.colorbar(scale, ax=[axes["before"], axes["after"]], extend="max", fraction=0.03, pad=0.02)
     bar.set_label("entropy of the token at temperature 1 (nats)")
     bar.outline.set_visible(False)
-    with warnings.catch_warnings(), whole_or_absent(target) as temporary:
-        # A character that the font lacks is drawn as a box; a warning for each such character would say no more.
-        warnings.filterwarnings("ignore", message="Glyph")
-        figure.savefig(temporary, format="png")
+    save_figure(figure, target)
 
 
 def _draw_metrics(loss_axes: Axes, share_axes: Axes, metrics: Sequence[dict[str, Any]], temperature: float) -> None:
@@ -81,8 +77,7 @@ def _draw_metrics(loss_axes: Axes, share_axes: Axes, metrics: Sequence[dict[str,
     share_axes.plot(steps, [100 * row["decided"] for row in metrics], color="#41566b", marker=marker)
     share_axes.set_ylabel(f"tokens with\nH < {DECIDED:g} nats (%)")
     share_axes.set_ylim(0, 100)
-    share_axes.set_xlabel("optimiser step")
-    share_axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    label_steps(share_axes)
     for axes in (loss_axes, share_axes):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)

@@ -9,8 +9,9 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
-from em_kernels.one_shot.analysis.drawing import draw_absence, draw_band, label_steps, new_axes, save_figure
+from em_kernels.one_shot.analysis.drawing import draw_absence, draw_band, new_axes
 from em_kernels.one_shot.evaluation.statistics import Estimate
+from em_kernels.one_shot.runs.figures import label_steps, save_figure
 from em_kernels.one_shot.sweeps.grid import label
 from em_kernels.one_shot.sweeps.results import Group
 

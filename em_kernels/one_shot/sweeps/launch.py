@@ -33,7 +33,8 @@ def launch(
 ) -> Iterator[Outcome]:
     """Runs `em-kernels train` for each of the runs, and yields each as it ends.
 
-    If the caller leaves the loop or is interrupted, the processes are told to end, which they do after their step.
+    If the caller leaves the loop or is interrupted, the processes are told to end, and keep their last
+    whole step.
 
     Args:
         runs: the runs; one that was started before goes on.
@@ -86,7 +87,7 @@ def start_train(
 
 
 def end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Tells the processes to end after their step, and waits until they have."""
+    """Tells the processes to end with their last whole step kept, and waits until they have."""
     for process in processes:
         process.send_signal(signal.SIGTERM)
     for process in processes:

@@ -74,7 +74,8 @@ def launch_on_ray(
 ) -> Iterator[Outcome]:
     """Runs `em-kernels train` for each of the runs on a Ray cluster, and yields each as it ends.
 
-    If the caller leaves the loop or is interrupted, the processes are told to end, which they do after their step.
+    If the caller leaves the loop or is interrupted, the processes are told to end, and keep their last
+    whole step.
 
     Args:
         runs: the runs; one that was started before goes on.

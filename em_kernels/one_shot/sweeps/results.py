@@ -9,9 +9,6 @@ from em_kernels.one_shot.errors import UsageError
 from em_kernels.one_shot.evaluation.statistics import Estimate, mean_of
 from em_kernels.one_shot.sweeps.folder import Run
 
-# The decodings of evaluations.jsonl.
-DECODINGS = ("greedy", "sampled")
-
 
 @dataclass(frozen=True)
 class Result:

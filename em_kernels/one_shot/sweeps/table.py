@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from em_kernels.one_shot.analysis.accuracies import CHOSEN_ON
+from em_kernels.one_shot.analysis.accuracies import CHOSEN_ON, DECODINGS
 from em_kernels.one_shot.analysis.report import BUILT_IN_NOTE
 from em_kernels.one_shot.analysis.tables import markdown_table
 from em_kernels.one_shot.evaluation.statistics import Estimate
@@ -11,7 +11,7 @@ from em_kernels.one_shot.json_lines import json_line
 from em_kernels.one_shot.runs.files import write_text
 from em_kernels.one_shot.sweeps.folder import SweepFolder
 from em_kernels.one_shot.sweeps.grid import label
-from em_kernels.one_shot.sweeps.results import DECODINGS, Group, Result
+from em_kernels.one_shot.sweeps.results import Group, Result
 
 
 def write_table(folder: SweepFolder, results: Sequence[Result], groups: Sequence[Group]) -> str:

@@ -10,8 +10,8 @@ from em_kernels.one_shot.config import TrainConfig
 from em_kernels.one_shot.data.built_in import make_problems
 from em_kernels.one_shot.data.problems import Problem
 from em_kernels.one_shot.errors import UsageError
-from em_kernels.one_shot.evaluation.evaluation import ProblemSet, evaluate, scores, show, summaries
-from em_kernels.one_shot.evaluation.records import Record
+from em_kernels.one_shot.evaluation.evaluation import ProblemSet, evaluate, show, summaries
+from em_kernels.one_shot.evaluation.records import Record, scores
 from em_kernels.one_shot.policy import Policy
 from em_kernels.one_shot.policy.generation import Generated, Request
 from em_kernels.one_shot.policy.sampling import Sampling
