@@ -12,8 +12,9 @@
 // Under a soft cap c, c tanh(z / c) takes the place of z, and the gradient is multiplied by the slope of that.
 //
 // Passes over memory: row_sums reads the logits once, in blocks that stay in the first-level cache between the search for
-// their maximum and their exponentials; the totals move to a new maximum when a block brings one. The gradient reads the
-// row again, from the second-level cache where em_entropy_with_gradient has just read it, and writes it.
+// their maximum and their exponentials; the totals move to a new maximum when a block brings one. em_row_gradient reads the
+// row again and writes its gradient. em_entropy_with_gradient keeps the exponentials of a row, and writes its gradient from
+// them, out of the second-level cache, in the loop that makes the sums of the next row.
 //
 // Precision: logits of 16 bits become floats as they are read, and a gradient of 16 bits is rounded once as it is written.
 // Lanes sum a few terms in float32, their sums are totalled in float64, and the results of a row are made of
@@ -33,6 +34,7 @@
 #include "statistics.h"
 #include "sums.h"
 #include "threads.h"
+#include "weighted_entropy.h"
 
 #define EM_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -118,7 +120,7 @@ EM_EXPORT void em_row_gradient(const void* logits, int dtype, int64_t inner, int
                           {grad_lse, lse_stride},
                           {grad_logprob, logprob_stride},
                           {grad_varentropy, varentropy_stride}};
-  for_each_row(rows, vocab, writing.rows_at_a_time, threads, [&](int64_t r) {
+  const auto write_row = [&](int64_t r) {
     void* const to = gradient[r];
     const Saved row(saved, rows, r);
     if (row.scale == 0) {
@@ -137,6 +139,10 @@ EM_EXPORT void em_row_gradient(const void* logits, int dtype, int64_t inner, int
     if (!has_target) return;
     const double value = coefficients.at_target((of_target.value - row.m) * scale.inv_tau_exact);
     kernels().set(element(to, t, gradient.dtype), gradient.dtype, static_cast<float>(value * of_target.slope));
+  };
+  share_rows(rows, vocab, writing.rows_at_a_time, threads, [&](const auto& next) {
+    for (int64_t r; (r = next()) >= 0;) write_row(r);
+    writing.finish();
   });
 }
 
@@ -160,22 +166,19 @@ EM_EXPORT void em_entropy_with_gradient(const void* logits, int dtype, int64_t i
     divisor *= total == 0 ? 1 : total;
   }
   std::vector<double> weighted(static_cast<size_t>(rows));
-  for_each_row(rows, vocab, writing.rows_at_a_time, threads, [&](int64_t r) {
-    const double w = weight(r);
-    if (w == 0) {
-      if (out) std::memset(gradient[r], 0, static_cast<size_t>(vocab * size_of(gradient.dtype)));
-      return;
+  share_rows(rows, vocab, writing.rows_at_a_time, threads, [&](const auto& next) {
+    WeightedEntropy entropy(z, gradient, vocab, cap, writing.past_cache);
+    for (int64_t r; (r = next()) >= 0;) {
+      const double w = weight(r);
+      if (w != 0) {
+        const Scale scale = Scale::of_temperature(temperature ? temperature[r] : temperature_all);
+        weighted[static_cast<size_t>(r)] = entropy(r, w / divisor, scale);
+      } else if (out) {
+        std::memset(gradient[r], 0, static_cast<size_t>(vocab * size_of(gradient.dtype)));
+      }
     }
-    const Scale scale = Scale::of_temperature(temperature ? temperature[r] : temperature_all);
-    const Sums sums = kernels().row_sums(z[r], vocab, z.dtype, -1, scale, cap, Wanted::kEntropy);
-    // Of a row that is all -inf this is 0 / 0.
-    const double mean_d = sums.a / sums.s;
-    weighted[static_cast<size_t>(r)] = w / divisor * (std::log(sums.s) - mean_d);
-    if (!out) return;
-    const double factor = w / divisor * scale.inv_tau_exact / sums.s;
-    const Polynomial polynomial{static_cast<float>(factor * mean_d), static_cast<float>(-factor), 0.0f};
-    kernels().row_gradient(z[r], vocab, z.dtype, sums.m, scale, cap, polynomial, all_but_one_hot(sums.a, vocab),
-                           writing.past_cache, gradient[r], gradient.dtype);
+    entropy.finish();
+    writing.finish();
   });
   double sum = 0;
   for (const double x : weighted) sum += x;

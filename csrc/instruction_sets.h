@@ -16,6 +16,7 @@
 #endif
 
 #include "dtypes.h"
+#include "pending.h"
 #include "sums.h"
 
 #define EM_INLINE static inline __attribute__((always_inline))
@@ -23,19 +24,12 @@
 // How vectors wider than the registers are passed does not matter: only functions that are inlined take any.
 #pragma GCC diagnostic ignored "-Wpsabi"
 
-namespace {
-
-// 16 KiB: half of a first-level cache, the other half holds the block that is being prefetched. Not critical: 2048 is as
-// fast within 5 %.
-constexpr int64_t kBlock = 4096;
-
-}  // namespace
-
 #define EM_LANES 4
 #define EM_NAMESPACE baseline
 #include "lanes.h"
 #include "exponential.h"
 #include "passes.h"
+#include "pairs.h"
 #undef EM_LANES
 #undef EM_NAMESPACE
 
@@ -52,6 +46,7 @@ constexpr int64_t kBlock = 4096;
 #include "lanes.h"
 #include "exponential.h"
 #include "passes.h"
+#include "pairs.h"
 #undef EM_LANES
 #undef EM_NAMESPACE
 #if defined(__clang__)
@@ -67,6 +62,7 @@ constexpr int64_t kBlock = 4096;
 #include "lanes.h"
 #include "exponential.h"
 #include "passes.h"
+#include "pairs.h"
 #undef EM_LANES
 #undef EM_NAMESPACE
 #if defined(__clang__)
@@ -82,15 +78,20 @@ namespace {
 struct Kernels {
   decltype(&baseline::row_sums) row_sums;
   decltype(&baseline::row_gradient) row_gradient;
+  decltype(&baseline::row_sums_beside) row_sums_beside;
+  decltype(&baseline::pending_gradient) pending_gradient;
   decltype(&baseline::logit) logit;
   decltype(&baseline::set) set;
 };
 
+#define EM_KERNELS(isa)                                                                                             \
+  {isa::row_sums, isa::row_gradient, isa::row_sums_beside, isa::pending_gradient, isa::logit, isa::set}
+
 constexpr Kernels kKernels[] = {
-    {baseline::row_sums, baseline::row_gradient, baseline::logit, baseline::set},
+    EM_KERNELS(baseline),
 #if defined(__x86_64__)
-    {avx2::row_sums, avx2::row_gradient, avx2::logit, avx2::set},
-    {avx512::row_sums, avx512::row_gradient, avx512::logit, avx512::set},
+    EM_KERNELS(avx2),
+    EM_KERNELS(avx512),
 #endif
 };
 

@@ -156,6 +156,12 @@ EM_INLINE void store(void* p, Float v, Dtype dtype, bool past_cache) {
   }
 }
 
+// How many numbers of the dtype lie between p and the next address that stores past the cache take.
+EM_INLINE int64_t before_line(const void* p, Dtype dtype) {
+  constexpr uintptr_t kLine = 64;
+  return static_cast<int64_t>((kLine - reinterpret_cast<uintptr_t>(p) % kLine) % kLine) / size_of(dtype);
+}
+
 EM_INLINE void store_first(void* p, Float v, int64_t n, Dtype dtype) {
   Float whole{};
   store(&whole, v, dtype, false);

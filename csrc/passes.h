@@ -1,4 +1,4 @@
-// The passes over a row on one instruction set: its sums, and its gradient.
+// The passes over a row on one instruction set: its sums, and its gradient. pairs.h makes the two for one row and the next.
 //
 // A row is worked on in blocks. Logits of 16 bits, and capped ones, become floats in a buffer in the first-level cache;
 // others are read where they lie.
@@ -64,9 +64,11 @@ EM_INLINE float block_maximum(const float* z, int64_t n, float m) {
   return m;
 }
 
-// Adds the terms of a block to the sums; fetches the `ahead_size` bytes per logit at `ahead` into the cache meanwhile.
+// Adds the terms of a block to the sums, and hands on the exponentials of the vector at i to each(i, exponentials); fetches
+// the `ahead_size` bytes per logit at `ahead` into the cache meanwhile.
+template <class Each>
 EM_INLINE void add_block(const float* z, int64_t n, const Scale& scale, Wanted wanted, bool exact, const char* ahead,
-                         int64_t ahead_size, Sums& sums) {
+                         int64_t ahead_size, Sums& sums, const Each& each) {
   // Lanes sum runs of 8 terms in float32: the one lane whose sum starts with the maximum's 1 rounds all that follows to
   // 2^-24, and the entropy of a row that is almost one-hot is no larger than a few such errors.
   constexpr int64_t kRun = 16 * EM_LANES;
@@ -80,7 +82,7 @@ EM_INLINE void add_block(const float* z, int64_t n, const Scale& scale, Wanted w
       s[k] += x.exp;
       if (wanted == Wanted::kEntropy) {
         a[k] += x.exp * x.difference;
-        return;
+        return x.exp;
       }
       // The square of z - m may lie beyond a float where that of d does not.
       const Float d = x.difference * scale.inv_tau, product = x.exp * d;
@@ -90,6 +92,7 @@ EM_INLINE void add_block(const float* z, int64_t n, const Scale& scale, Wanted w
         z_sum[k] += (logits_or_m - sums.m) * kSixteenth;
         e2[k] += x.exp * x.exp;
       }
+      return x.exp;
     };
     const int64_t end = std::min(n, start + kRun);
     int64_t i = start;
@@ -98,12 +101,12 @@ EM_INLINE void add_block(const float* z, int64_t n, const Scale& scale, Wanted w
         // The search for the next block's maximum has no arithmetic to speak of for memory to hide behind.
         __builtin_prefetch(ahead + (i + k * EM_LANES) * ahead_size);
         const Float logits = load(z + i + k * EM_LANES);
-        add(k, logits, logits);
+        each(i + k * EM_LANES, add(k, logits, logits));
       }
     }
     for (; i < end; i += EM_LANES) {
       const int64_t count = std::min<int64_t>(EM_LANES, end - i);
-      add(0, load_first(z + i, count), load_first(z + i, count, kFloat32, sums.m));
+      each(i, add(0, load_first(z + i, count), load_first(z + i, count, kFloat32, sums.m)));
     }
     block_s += widen(s[0] + s[1]);
     block_a += widen(a[0] + a[1]);
@@ -137,12 +140,10 @@ EM_INLINE Sums pass(const void* z, int64_t n, Dtype dtype, int64_t left_out, con
     const float m = block_maximum(values, length, sums.m);
     if (m > sums.m) sums.move_to(m, scale.inv_tau_exact);
     const char* const ahead = static_cast<const char*>(element(z, i + kBlock, dtype));
-    add_block(values, length, scale, wanted, exact, ahead, size_of(dtype), sums);
+    add_block(values, length, scale, wanted, exact, ahead, size_of(dtype), sums, [](int64_t, Float) {});
     i += length;
   }
-  // The maximum itself adds 1 to s: there was none but -inf if s is 0, a NaN or +inf if it is NaN.
-  if (sums.s == 0) return {-kInfinity, 0, 0, 0, 0, 0, sums.count};
-  return sums.s >= 1 ? sums : Sums{kNaN, kNaN, kNaN, kNaN, kNaN, kNaN, sums.count};
+  return checked(sums);
 }
 
 Sums row_sums(const void* z, int64_t n, Dtype dtype, int64_t left_out, const Scale& scale, const Softcap& cap,
@@ -216,17 +217,12 @@ void row_gradient(const void* z, int64_t n, Dtype dtype, float m, const Scale& s
                    streams, element(out, i, out_dtype), out_dtype);
   };
   // Stores past the cache must be aligned: what lies before the first such address is a block of its own.
-  constexpr int64_t kLine = 64;
-  const int64_t past = static_cast<int64_t>(reinterpret_cast<uintptr_t>(out)) & (kLine - 1);
-  const int64_t head = past_cache ? std::min(n, ((kLine - past) & (kLine - 1)) / size_of(out_dtype)) : 0;
+  const int64_t head = past_cache ? std::min(n, before_line(out, out_dtype)) : 0;
   // From the end of the row, which the second-level cache holds of a row that it does not hold whole.
   for (int64_t i = head + (n - head - 1) / kBlock * kBlock; n > head && i >= head; i -= kBlock) {
     part(i, std::min(kBlock, n - i), past_cache);
   }
   if (head > 0) part(0, head, false);
-#if defined(__x86_64__)
-  if (past_cache) _mm_sfence();  // Such stores are not ordered before what tells another thread that they are done.
-#endif
 }
 
 // One logit, capped where there is a cap, and the slope of that.

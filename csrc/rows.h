@@ -9,6 +9,10 @@
 #include <sys/mman.h>
 #endif
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include "dtypes.h"
 
 namespace {
@@ -46,10 +50,14 @@ struct Writing {
 
   Writing(const Logits& logits, const Gradient& out, int64_t rows, int64_t vocab, int threads)
       : past_cache(false), rows_at_a_time(::rows_at_a_time(vocab)) {
-    if (rows == 0 || !out.first || out.first == logits.first) return;
+    if (rows == 0 || !out.first) return;
+    // Of two threads that touch the same huge page first both clear one, in vain, and of two that work on neighbouring
+    // rows each prefetches lines that the other is writing: rows are taken a page at a time.
+    const int64_t rows_of_page = kHugePage / std::max<int64_t>(1, vocab * size_of(out.dtype)) + 1;
+    rows_at_a_time = std::max(rows_at_a_time, std::min(rows_of_page, rows / (4 * threads)));
     const char* const first = static_cast<const char*>(out.first);
     const char* const end = static_cast<const char*>(element(out[rows - 1], vocab, out.dtype));
-    if (end - first < kLargeGradient) return;
+    if (out.first == logits.first || end - first < kLargeGradient) return;
     past_cache = true;
 #if defined(__linux__)
     constexpr uintptr_t page = 4096;
@@ -57,9 +65,13 @@ struct Writing {
     const uintptr_t to = reinterpret_cast<uintptr_t>(end) / page * page;
     madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);  // Advice: a kernel that refuses loses only speed.
 #endif
-    // Of two threads that touch the same huge page first both clear one, in vain: rows are taken a page at a time.
-    const int64_t rows_of_page = kHugePage / std::max<int64_t>(1, vocab * size_of(out.dtype)) + 1;
-    rows_at_a_time = std::max(rows_at_a_time, std::min(rows_of_page, rows / (4 * threads)));
+  }
+
+  // Stores past the cache are not ordered before what tells another thread that they are done.
+  void finish() const {
+#if defined(__x86_64__)
+    if (past_cache) _mm_sfence();
+#endif
   }
 };
 

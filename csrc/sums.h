@@ -72,6 +72,12 @@ struct Sums {
   }
 };
 
+// The maximum itself adds 1 to s: there was none but -inf if s is 0, a NaN or +inf if it is NaN.
+inline Sums checked(const Sums& sums) {
+  if (sums.s == 0) return {-kInfinity, 0, 0, 0, 0, 0, sums.count};
+  return sums.s >= 1 ? sums : Sums{kNaN, kNaN, kNaN, kNaN, kNaN, kNaN, sums.count};
+}
+
 // Whether all of a row of n but its maxima may lie more than 28 nats below them, where -a <= n 28 e^-28. The row's gradient
 // is then the exponential of the next one, in which the rounding of z - m, 6e-8 of it, comes to 1.7e-6. Of a row whose
 // target is left out it is the other columns that this is asked of: the target's part is exact.

@@ -43,22 +43,35 @@ void in_parallel(int threads, Work work) {
   for (std::thread& other : others) other.join();
 }
 
-// Calls the function for every row. Threads take rows off a counter, `step` at a time, so that a thread whose core is
-// busy with something else is left with fewer of them.
-template <class RowFunction>
-void for_each_row(int64_t rows, int64_t vocab, int64_t step, int threads, const RowFunction& function) {
-  std::atomic<int64_t> next{0};
-  const auto work = [&] {
-    for (int64_t first; (first = next.fetch_add(step, std::memory_order_relaxed)) < rows;) {
-      for (int64_t r = first; r < std::min(first + step, rows); ++r) function(r);
-    }
+// Calls work(next) on one thread or on several, where next() is the next row of that thread, or -1 after the last. Threads
+// take rows off a counter, `step` at a time, so that a thread whose core is busy with something else is left with fewer.
+template <class Work>
+void share_rows(int64_t rows, int64_t vocab, int64_t step, int threads, const Work& work) {
+  std::atomic<int64_t> taken{0};
+  const auto on_a_thread = [&] {
+    int64_t r = 0, end = 0;
+    work([&]() -> int64_t {
+      if (r == end) {
+        r = std::min(taken.fetch_add(step, std::memory_order_relaxed), rows);
+        end = std::min(r + step, rows);
+      }
+      return r < end ? r++ : -1;
+    });
   };
   // All threads or one: OpenMP ends the threads that a smaller team leaves out, and the next operator starts them again.
   if (threads == 1 || std::min((rows + step - 1) / step, rows * vocab / kElementsPerThread) < 2) {
-    work();
+    on_a_thread();
   } else {
-    in_parallel(threads, work);
+    in_parallel(threads, on_a_thread);
   }
+}
+
+// Calls the function for every row.
+template <class RowFunction>
+void for_each_row(int64_t rows, int64_t vocab, int64_t step, int threads, const RowFunction& function) {
+  share_rows(rows, vocab, step, threads, [&](const auto& next) {
+    for (int64_t r; (r = next()) >= 0;) function(r);
+  });
 }
 
 }  // namespace

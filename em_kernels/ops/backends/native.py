@@ -1,10 +1,10 @@
 """The backend in C++ on the CPU: csrc/entropy_cpu.cpp through ctypes, on every core torch may use.
 
 Passes over memory: `row_sums` and `row_statistics` read the logits once, `row_gradient` reads them once and writes the
-gradient, `entropy_with_gradient` does both in one read and one write where a row fits the second-level cache, and only
-reads where no gradient is wanted. Nothing is allocated but the results, and a number per row of the loss. Logits of 16
-bits are widened as they are read, and the arithmetic is that of float32 logits; a gradient may have fewer bits than its
-logits.
+gradient, `entropy_with_gradient` does both in one read and one write where two rows and their exponentials fit the
+second-level cache, and only reads where no gradient is wanted. Nothing is allocated but the results, a number per row
+of the loss, and two rows of float32 that each thread keeps from the first call on. Logits of 16 bits are widened as
+they are read, and the arithmetic is that of float32 logits; a gradient may have fewer bits than its logits.
 
 The library is optional: where it is missing, `unavailable_reason` says why, and the other functions raise that.
 """

@@ -24,7 +24,7 @@ from native_rows import (
 from torch import Tensor
 
 from em_kernels.ops.backends import native
-from em_kernels.ops.types import Temperature, Upstream, Wanted
+from em_kernels.ops.types import Divisor, Temperature, Upstream, Wanted
 
 CPU = torch.device("cpu")
 REASON = native.unavailable_reason(CPU, torch.float32)
@@ -32,8 +32,8 @@ pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 INSTRUCTIONS = ("baseline", "avx2", "avx512")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# One element, less than a vector of any instruction set, one whole vector, one element more than a block of 4096 holds
-# whole vectors of, many blocks.
+# One element, less than a vector of any instruction set, one whole vector, a few elements more than two blocks, many
+# blocks.
 VOCABS = (1, 7, 16, 4099, 49152)
 
 
@@ -408,6 +408,27 @@ def test_large_gradients_which_bypass_the_cache_are_those_of_small_ones(instruct
     for i in range(count):
         _, alone = entropy_with_gradient(logits[:, i : i + 1], weight[i : i + 1])
         assert torch.equal(together[0, i], alone[0, 0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab", [7, 4099, 6157], ids="V{}".format)
+@pytest.mark.parametrize("in_place", [False, True], ids=["apart", "in place"])
+def test_a_row_has_the_same_gradient_alone_and_beside_others(instructions, vocab, dtype, in_place):
+    # A gradient is written beside the next row's sums. Rows of no weight, with a NaN and without tokens stand between.
+    some = rows(vocab, 0.5, 1.0)
+    odd = torch.full((3, vocab), 1.0)
+    odd[0, vocab // 2], odd[1], odd[2, -1] = NAN, -INF, INF
+    logits = torch.cat([some, odd, some.flip(0), odd])[None].to(dtype)
+    count = logits.shape[1]
+    weight = torch.linspace(0.5, 2, count)
+    weight[2::5] = 0
+    temperature = torch.linspace(0.3, 3, count)
+    expected = [
+        entropy_with_gradient(logits[:, i : i + 1], weight[i : i + 1], temperature[i].item())[1] for i in range(count)
+    ]
+    out = logits if in_place else torch.empty_like(logits)
+    native.entropy_with_gradient(logits, weight, Divisor(), Temperature(temperature), out)
+    torch.testing.assert_close(out, torch.cat(expected, dim=1), rtol=0, atol=0, equal_nan=True)
 
 
 def test_offsets_beyond_32_bits():

@@ -1,0 +1,134 @@
+// Two rows in one loop: the sums of one, and the gradient of the row before it.
+//
+// The sums are arithmetic, and the gradient, from exponentials that were kept, is memory: beside each other they take
+// hardly longer than either, where one after the other take the sum of both.
+
+namespace {
+namespace EM_NAMESPACE {
+
+template <Dtype kFrom, Dtype kTo>
+struct Dtypes {
+  static constexpr Dtype from = kFrom, to = kTo;
+};
+
+// The gradient by a block of n logits, a vector at a time in any order.
+template <class D>
+struct GradientOfBlock {
+  const void* z;
+  const float* exponentials;
+  void* out;
+  int64_t n, head;
+  float m, lowest, a, b;
+  bool past_cache;
+
+  __attribute__((always_inline)) GradientOfBlock(const PendingGradient& row, int64_t start, int64_t length)
+      : z(element(row.z, start, D::from)),
+        exponentials(row.exponentials->values + start),
+        out(element(row.out, start, D::to)),
+        n(length),
+        // Stores past the cache must be aligned.
+        head(row.past_cache ? std::min(n, before_line(out, D::to)) : 0),
+        m(row.m),
+        lowest(row.scale.lowest),
+        past_cache(row.past_cache) {
+    const double d = (static_cast<double>(row.exponentials->maxima[start / kBlock]) - m) * row.scale.inv_tau_exact;
+    // Subnormal factors would make every product of the block slow.
+    const double w = d < -87 ? 0 : std::exp(d);
+    a = static_cast<float>(w * row.a);
+    b = static_cast<float>(w * row.b * row.scale.inv_tau_exact);
+  }
+
+  Float __attribute__((always_inline)) value(Float logits, Float e) const {
+    // -inf would make a NaN of 0.
+    return e * (a + b * larger(broadcast(lowest), logits - m));
+  }
+
+  // The i-th vector after the head, if it lies in the block.
+  void __attribute__((always_inline)) vector(int64_t i) const {
+    i += head;
+    if (i + EM_LANES > n) return;
+    const Float v = value(load(element(z, i, D::from), D::from), load(exponentials + i));
+    // What is stored in the cache is fetched for it: 2 KiB earlier, in time even from memory.
+    if (!past_cache) __builtin_prefetch(element(out, i + 512, D::to), 1);
+    store(element(out, i, D::to), v, D::to, past_cache);
+  }
+
+  // The head, and all from the i-th vector after it on.
+  void __attribute__((always_inline)) rest(int64_t i) const {
+    up_to(0, head);
+    for (; head + i + EM_LANES <= n; i += EM_LANES) vector(i);
+    up_to(head + (n - head) / EM_LANES * EM_LANES, n);
+  }
+
+  void __attribute__((always_inline)) up_to(int64_t i, int64_t end) const {
+    for (; i < end; i += EM_LANES) {
+      const int64_t count = std::min<int64_t>(EM_LANES, end - i);
+      const Float logits = load_first(element(z, i, D::from), count, D::from);
+      store_first(element(out, i, D::to), value(logits, load_first(exponentials + i, count)), count, D::to);
+    }
+  }
+};
+
+template <class D>
+EM_INLINE Sums sums_beside(const void* z, int64_t n, const Scale& scale, Exponentials& kept,
+                           const PendingGradient* before) {
+  Block block;
+  // A finite start, so that -inf in a row's first blocks is as far below it as anywhere else.
+  Sums sums{-FLT_MAX, 0, 0, 0, 0, 0, 0};
+  for (int64_t start = 0; start < n; start += kBlock) {
+    const int64_t length = std::min(kBlock, n - start);
+    const float* const values = block.widened(element(z, start, D::from), length, D::from, Softcap(0), false);
+    const float m = block_maximum(values, length, sums.m);
+    if (m > sums.m) sums.move_to(m, scale.inv_tau_exact);
+    kept.maxima[start / kBlock] = sums.m;
+    float* const to = kept.values + start;
+    const auto keep = [&](int64_t i, Float e) __attribute__((always_inline)) { std::memcpy(to + i, &e, sizeof e); };
+    const char* const ahead = static_cast<const char*>(element(z, start + kBlock, D::from));
+    const auto add = [&](const auto& each) __attribute__((always_inline)) {
+      add_block(values, length, scale, Wanted::kEntropy, false, ahead, size_of(D::from), sums, each);
+    };
+    if (!before) {
+      add(keep);
+      continue;
+    }
+    const GradientOfBlock<D> gradient(*before, start, length);
+    add([&](int64_t i, Float e) __attribute__((always_inline)) {
+      keep(i, e);
+      gradient.vector(i);
+    });
+    gradient.rest((length + EM_LANES - 1) / EM_LANES * EM_LANES);
+  }
+  return checked(sums);
+}
+
+template <class D>
+EM_INLINE void gradient_alone(const PendingGradient& row, int64_t n) {
+  for (int64_t start = 0; start < n; start += kBlock) {
+    GradientOfBlock<D>(row, start, std::min(kBlock, n - start)).rest(0);
+  }
+}
+
+// Calls the function with Dtypes. A gradient of logits of 16 bits has their dtype.
+template <class Function>
+EM_INLINE auto with_dtypes(Dtype from, Dtype to, const Function& function) {
+  if (from == kBFloat16) return function(Dtypes<kBFloat16, kBFloat16>());
+  if (from == kFloat16) return function(Dtypes<kFloat16, kFloat16>());
+  if (to == kBFloat16) return function(Dtypes<kFloat32, kBFloat16>());
+  if (to == kFloat16) return function(Dtypes<kFloat32, kFloat16>());
+  return function(Dtypes<kFloat32, kFloat32>());
+}
+
+// The sums of a row for its entropy, whose exponentials are kept; writes the gradient of the row before, unless it is NULL.
+Sums row_sums_beside(const void* z, int64_t n, Dtype from, Dtype to, const Scale& scale, Exponentials& kept,
+                     const PendingGradient* before) {
+  return with_dtypes(from, to, [&](auto dtypes) __attribute__((always_inline)) {
+    return sums_beside<decltype(dtypes)>(z, n, scale, kept, before);
+  });
+}
+
+void pending_gradient(const PendingGradient& row, int64_t n, Dtype from, Dtype to) {
+  with_dtypes(from, to, [&](auto dtypes) __attribute__((always_inline)) { gradient_alone<decltype(dtypes)>(row, n); });
+}
+
+}  // namespace EM_NAMESPACE
+}  // namespace
