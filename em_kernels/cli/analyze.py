@@ -64,12 +64,16 @@ def _steps(kind: str, runs: Sequence[Path], output: Path) -> None:
     import_quietly()
     from em_kernels.one_shot.analysis.accuracies import BUILT_IN_NOTE
     from em_kernels.one_shot.analysis.runs import read_runs
-    from em_kernels.one_shot.analysis.steps import describe_steps, draw_steps
+    from em_kernels.one_shot.analysis.settings import settings_lines
+    from em_kernels.one_shot.analysis.steps import describe_steps, draw_steps, step_rows
+    from em_kernels.one_shot.runs.files import write_text
 
     read = read_runs(runs)
     output.mkdir(parents=True, exist_ok=True)
     draw_steps(output / "steps.png", read)
+    write_text(output / "steps.jsonl", "".join(json_line(row) for run in read for row in step_rows(run)))
     lines = [line for run in read for line in (*describe_steps(run), "")]
+    lines += ["## Settings", "", *settings_lines({run.name: run.made for run in read}), ""]
     if any(run.config.get("model") is None for run in read):
         lines.append(BUILT_IN_NOTE)
     _finish(output, "steps", lines)
@@ -80,6 +84,7 @@ def _models(kind: str, models: Sequence[str], output: Path, resume: bool, **opti
     from em_kernels.one_shot.analysis import logits, tokens
     from em_kernels.one_shot.analysis.accuracies import BUILT_IN_NOTE
     from em_kernels.one_shot.analysis.generated import load_policy
+    from em_kernels.one_shot.analysis.settings import settings_lines
     from em_kernels.one_shot.evaluation.models import find_models
     from em_kernels.one_shot.policy.sampling import Sampling
     from em_kernels.one_shot.runs.files import write_text
@@ -107,13 +112,14 @@ def _models(kind: str, models: Sequence[str], output: Path, resume: bool, **opti
         else:
             made = of_kind.from_json(values)
         measured[model.name] = made
-    config = {"models": {model.name: model.source for model in named}, **settings, **surroundings()}
+    made_by = {"models": {model.name: model.source for model in named}, **settings}
+    config = {"settings": made_by, **surroundings()}
     write_text(output / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     rows = [{"model": name, **analysis.figures(of)} for name, of in measured.items()]
     write_text(output / f"{kind}.jsonl", "".join(json_line(row) for row in rows))
     analysis.draw(output / f"{kind}.png", measured)
     about = ["", BUILT_IN_NOTE] if any(model.source is None for model in named) else []
-    _finish(output, kind, [*analysis.describe(measured), "", _settings_text(settings), *about])
+    _finish(output, kind, [*analysis.describe(measured), "", *settings_lines({"": config}), *about])
 
 
 def _read_kept(path: Path, by: dict[str, Any]) -> Any:
@@ -142,17 +148,6 @@ def _prompts(prompt: Sequence[str] | None, prompt_file: Path | None, task: str, 
     return prompts, f"{len(prompts)} of {prompt_file or task}"
 
 
-def _settings_text(settings: dict[str, Any]) -> str:
-    from em_kernels.one_shot.runs.surroundings import surroundings
-
-    chosen = {name: value for name, value in settings.items() if value not in (None, ())}
-    if len(str(chosen.get("template", ""))) > 60:
-        chosen["template"] = "as in config.json"
-    versions = surroundings()["versions"]
-    text = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in chosen.items())
-    return f"Settings: {text}; {', '.join(f'{name} {version}' for name, version in versions.items())}."
-
-
 def _calibration(kind: str, files: Sequence[Path], output: Path) -> None:
     import_quietly()
     from em_kernels.one_shot.analysis.calibration_page import (
@@ -169,7 +164,7 @@ def _calibration(kind: str, files: Sequence[Path], output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / "calibration.jsonl", calibration_lines(cells))
     draw_calibration(output / "calibration.png", cells)
-    _finish(output, "calibration", describe_calibration(cells))
+    _finish(output, "calibration", describe_calibration(cells, files))
 
 
 def _finish(output: Path, name: str, lines: Sequence[str]) -> None:
@@ -179,4 +174,4 @@ def _finish(output: Path, name: str, lines: Sequence[str]) -> None:
     text = "\n".join(lines).rstrip() + "\n"
     write_text(output / f"{name}.md", text)
     print(text)
-    print(f"Table:   {output / name}.md\nPicture: {output / name}.png")
+    print(f"Table:   {output / name}.md\nNumbers: {output / name}.jsonl\nPicture: {output / name}.png")

@@ -64,7 +64,7 @@ def _select(pool: Sequence[str], by: str, temperature: float, count: int, **opti
     folder = measurement.folder
     for line in gold_notes(tasks) if by == "variance" else ():
         print_note(line)
-    with measurement.drawn() as (records, _):
+    with measurement.drawn() as (records, config):
         if not any(record.completion.strip() for record in records):
             raise UsageError(f"the model generated nothing in {len(records)} completions, so no problem can be chosen")
         with Grader() as grader:
@@ -74,8 +74,10 @@ def _select(pool: Sequence[str], by: str, temperature: float, count: int, **opti
         write_text(folder / "ranking.jsonl", "".join(_line(i, candidate) for i, candidate in enumerate(order, 1)))
         write_text(folder / "prompts.jsonl", "".join(_line(i, one) for i, one in enumerate(order[:count], 1)))
         draw_selection(folder / "histogram.png", order, by)
-    print("\n".join(describe_selection(order, by)))
-    print(f"\nRanking: {folder / 'ranking.jsonl'}\nPicture: {folder / 'histogram.png'}")
+        text = "\n".join(describe_selection(order, by, config)) + "\n"
+        write_text(folder / "table.md", text)
+    print(text)
+    print(f"Table:   {folder / 'table.md'}\nRanking: {folder / 'ranking.jsonl'}\nPicture: {folder / 'histogram.png'}")
     print(f"Train:   em-kernels train --prompt-file {folder / 'prompts.jsonl'}")
 
 

@@ -1,14 +1,17 @@
 """The tables and the picture of how reliable votes and log-probabilities are."""
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 
 from em_kernels.one_shot.analysis.calibration import Bin, Logprobs, Votes, measure_logprobs, measure_votes
 from em_kernels.one_shot.analysis.drawing import colour, draw_absence, draw_legend, new_axes, short_name
+from em_kernels.one_shot.analysis.settings import settings_lines
 from em_kernels.one_shot.analysis.tables import markdown_table
 from em_kernels.one_shot.errors import UsageError
 from em_kernels.one_shot.evaluation.records import Record, read_records
@@ -47,12 +50,14 @@ def calibrate(files: Sequence[Path], same: Callable[[str, str], bool]) -> dict[s
     return {name: Calibration(measure_votes(own, same), measure_logprobs(own)) for name, own in cells.items()}
 
 
-def describe_calibration(cells: Mapping[str, Calibration]) -> list[str]:
-    """The lines of a Markdown page: the bins of each cell with their counts, and what they come to."""
+def describe_calibration(cells: Mapping[str, Calibration], files: Sequence[Path]) -> list[str]:
+    """The lines of a Markdown page: the bins of each cell with their counts, what they come to, and what made them."""
     lines = ["# How reliable votes and log-probabilities are"]
     for name, cell in cells.items():
         lines += ["", f"## {name}", "", *_vote_lines(cell.votes), "", *_logprob_lines(cell.logprobs)]
-    return lines
+    made = {str(path): read_made(path) for path in files}
+    lines += ["", "## Settings", "", *settings_lines({path: config for path, config in made.items() if config})]
+    return lines + [f"- {path}: not known, as no config.json lies beside it" for path in made if not made[path]]
 
 
 def calibration_lines(cells: Mapping[str, Calibration]) -> str:
@@ -84,6 +89,16 @@ def draw_calibration(target: Path, cells: Mapping[str, Calibration]) -> None:
         axes.set_ylabel("right (% ± standard error)")
     draw_legend(figure, votes if any(cell.votes for cell in cells.values()) else logprobs)
     save_figure(figure, target)
+
+
+def read_made(path: Path) -> dict[str, Any] | None:
+    """What made a file of completions: "settings" and versions, as the command left them that wrote the file."""
+    of_run = path.parent.name == "evaluations"
+    try:
+        written = json.loads(((path.parent.parent if of_run else path.parent) / "config.json").read_text("utf-8"))
+        return {"settings": dict(written.pop("config" if of_run else "settings")), **written}
+    except (AttributeError, KeyError, OSError, TypeError, ValueError):
+        return None
 
 
 def _draw_bins(axes: Axes, bins: Sequence[Bin], factor: float, own_colour: str, name: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from em_kernels.one_shot.analysis.accuracies import BUILT_IN_NOTE, difference_text
 from em_kernels.one_shot.analysis.drawing import colour, draw_legend, new_axes
 from em_kernels.one_shot.analysis.published import published_table
+from em_kernels.one_shot.analysis.settings import settings_lines
 from em_kernels.one_shot.analysis.tables import markdown_table
 from em_kernels.one_shot.evaluation.scores import Scores
 from em_kernels.one_shot.evaluation.statistics import Estimate, paired_difference
@@ -33,7 +34,7 @@ def describe_comparison(scores: Sequence[Scores], config: dict[str, Any]) -> lis
     published = published_table(tasks)
     if published:
         lines += ["", "## Published, not measured here", "", *published]
-    return [*lines, "", "## Settings", "", *_settings(config)]
+    return [*lines, "", "## Settings", "", *settings_lines({"": config})]
 
 
 def draw_comparison(target: Path, scores: Sequence[Scores]) -> None:
@@ -146,18 +147,6 @@ def _means(scores: Sequence[Scores], estimate: Callable[[Scores], Estimate]) -> 
         for cell, own in cells.items()
         if len(own) > 1
     }
-
-
-def _settings(config: dict[str, Any]) -> list[str]:
-    settings = config["settings"]
-    shown = [f"{name} {value!r}" for name, value in settings.items() if name not in ("models", "tasks", "weights")]
-    versions = [*(f"{name} {version}" for name, version in config["versions"].items()), config["device"]]
-    return [
-        *(f"- model {name}: {source or 'SmolLM2-135M-Instruct'}" for name, source in settings["models"].items()),
-        *(f"- task {name}: {contents}" for name, contents in settings["tasks"].items()),
-        f"- {', '.join(shown)}",
-        f"- {', '.join(versions)}",
-    ]
 
 
 def _temperature(value: float) -> str:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from em_kernels.one_shot.analysis.accuracies import DECODINGS
 from em_kernels.one_shot.analysis.drawing import begin_at_zero, colour, draw_absence, draw_band, draw_legend, new_axes
-from em_kernels.one_shot.analysis.groups import Group, band_of
+from em_kernels.one_shot.analysis.group_accuracies import accuracy_band
+from em_kernels.one_shot.analysis.groups import Group
 from em_kernels.one_shot.analysis.published import AUTHOR_LOSSES, AUTHOR_LOSSES_SOURCE
 from em_kernels.one_shot.runs.figures import label_steps, save_figure
 
@@ -49,22 +50,19 @@ def draw_accuracy(target: Path, groups: Sequence[Group]) -> None:
     figure, panels = new_axes(1, len(DECODINGS), sharey=True)
     for axes, decoding in zip(panels, DECODINGS, strict=True):
         for number, group in enumerate(groups):
-            measured = [accuracies for run in group.runs if (accuracies := run.accuracies(decoding))]
-            if not measured:
+            band, over_seeds = accuracy_band(group, decoding)
+            if not band.steps:
                 continue
-            band = band_of([{step: row["accuracy"] for step, row in rows.items()} for rows in measured])
-            one = len(measured) == 1
-            spread = [measured[0][step]["standard_error"] for step in band.steps] if one else band.deviation
             axes.errorbar(
                 # Bars at the same step would hide each other.
                 [step + 0.08 * number for step in band.steps],
                 [100 * value for value in band.mean],
-                [100 * value for value in spread],
+                [100 * value for value in band.deviation],
                 color=colour(number),
                 marker="o",
                 markersize=3.5,
                 capsize=2,
-                label=f"{group.title}, {'standard error over problems' if one else 'deviation over seeds'}",
+                label=f"{group.title}, {'deviation over seeds' if over_seeds else 'standard error over problems'}",
             )
         axes.set_title(f"accuracy, {decoding}", loc="left", fontsize=10)
         begin_at_zero(axes)

@@ -37,6 +37,11 @@ class Run:
     evaluations: Sequence[dict[str, Any]]
     finished: bool
 
+    @property
+    def made(self) -> dict[str, Any]:
+        """What made the run: "settings", "versions", "device" and "processes"."""
+        return {"settings": self.config, **self.surroundings}
+
     def values(self, metric: str) -> dict[int, float]:
         """A metric by step, without the steps at which it was not measured."""
         return {row["step"]: row[metric] for row in self.metrics if row.get(metric) is not None}

@@ -2,12 +2,14 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.ticker import MaxNLocator
 
 from em_kernels.one_shot.analysis.drawing import colour, new_axes
+from em_kernels.one_shot.analysis.settings import settings_lines
 from em_kernels.one_shot.analysis.tables import markdown_table
 from em_kernels.one_shot.data.selection import Candidate
 from em_kernels.one_shot.runs.figures import save_figure
@@ -18,12 +20,13 @@ _QUESTION = 60
 _SHARE = {"variance": "right completions", "agreement": "completions that agree with the majority"}
 
 
-def describe_selection(ranked: Sequence[Candidate], by: str) -> list[str]:
-    """The lines of a Markdown table of the first of the ranked problems, and of sentences on all.
+def describe_selection(ranked: Sequence[Candidate], by: str, config: Mapping[str, Any]) -> list[str]:
+    """The lines of a Markdown table of the first of the ranked problems, of sentences on all, and of the settings.
 
     Args:
         ranked: the problems, those with the largest variance first.
         by: "variance" of being right, or of "agreement" with the majority.
+        config: the settings that the completions were drawn by, and the versions, as `config.json` has them.
     """
     rows = [
         [candidate.task, str(candidate.problem), _short(candidate.question), *_numbers(candidate)]
@@ -43,6 +46,11 @@ def describe_selection(ranked: Sequence[Candidate], by: str) -> list[str]:
         f"p is the share of {_SHARE[by]} among {len(ranked[0].successes)}; the variance is that of one completion's "
         f"success, and its standard error stands after ±. It is above 0 for {varying} of {len(ranked)} problems. "
         f"Others that may vary as much as the first, by these errors: {len(as_good)}.",
+        "",
+        "## Settings",
+        "",
+        f"- by {by}",
+        *settings_lines({"": config}),
     ]
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from em_kernels.one_shot.analysis.accuracies import CHOSEN_ON, DECODINGS
 from em_kernels.one_shot.analysis.report import BUILT_IN_NOTE
+from em_kernels.one_shot.analysis.settings import settings_lines
 from em_kernels.one_shot.analysis.tables import markdown_table
 from em_kernels.one_shot.evaluation.statistics import Estimate
 from em_kernels.one_shot.json_lines import json_line
@@ -21,7 +22,8 @@ def write_table(folder: SweepFolder, results: Sequence[Result], groups: Sequence
     head = [*groups[0].settings, "runs", "failed", "loss", "entropy"]
     head += [f"{decoding} {when}" for decoding in decodings for when in ("before", "after", "best (step)")]
     table = markdown_table(head, [_row(group, decodings) for group in groups], texts=len(groups[0].settings))
-    text = "\n\n".join(["\n".join(table), *_notes(results)]) + "\n"
+    settings = settings_lines({result.run.name: result.made for result in results if result.made})
+    text = "\n\n".join(["\n".join(table), *_notes(results), "## Settings", "\n".join(settings)]) + "\n"
     write_text(folder.table, text)
     return text
 

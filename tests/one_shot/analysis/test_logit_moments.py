@@ -60,14 +60,16 @@ def test_the_command_compares_models(tiny_folder: Path, tmp_path: Path, capsys: 
     assert (first["model"], second["model"]) == (tiny_folder.name, f"{tiny_folder.name}-2")
     assert first["skewness"] == second["skewness"]
     assert first["values"] == 257 * first["positions"]
-    settings = json.loads((output / "config.json").read_text())
-    assert settings["prompts"] == f"2 of {prompts}"
-    assert settings["models"][second["model"]] == str(other)
-    assert "torch" in settings["versions"]
+    config = json.loads((output / "config.json").read_text())
+    assert config["settings"]["prompts"] == f"2 of {prompts}"
+    assert config["settings"]["models"][second["model"]] == str(other)
+    assert "torch" in config["versions"]
     text = (output / "logits.md").read_text()
     assert text in capsys.readouterr().out
     assert f"{first['skewness']:.3f}" in text
     assert "scores that are left after top-k" in text
+    assert f"- model {second['model']}: {other}" in text
+    assert "max_new_tokens 4, seed 0, " in text
     assert np.ptp(image.imread(output / "logits.png")[..., :3]) > 0.5
 
 

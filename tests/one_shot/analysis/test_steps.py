@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import numpy as np
@@ -69,7 +70,38 @@ def test_the_command_writes_a_table_and_a_picture(tmp_path: Path, capsys: pytest
     assert BUILT_IN_NOTE in text
     picture = image.imread(output / "steps.png")
     assert np.ptp(picture[..., :3]) > 0.5
-    assert sorted(path.name for path in output.iterdir()) == ["steps.md", "steps.png"]
+    assert sorted(path.name for path in output.iterdir()) == ["steps.jsonl", "steps.md", "steps.png"]
+
+
+def test_settings_and_numbers_are_kept_for_readers_and_scripts(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / f"{seed}", seed=seed, verdicts=_RIGHT, stop_when=("loss<0.15",)) for seed in range(2)]
+    output = tmp_path / "output"
+    assert main(["analyze", "steps", *map(str, runs), "--output", str(output)]) == 0
+    text = (output / "steps.md").read_text()
+    assert "- seed differs: 0 in 0; 1 in 1" in text
+    assert "- torch 2.9, device cpu" in text
+    assert ", temperature 0.5," in text
+    rows = [json.loads(line) for line in (output / "steps.jsonl").read_text().splitlines()]
+    own = [row for row in rows if row["run"] == "1"]
+    assert len(rows) == 2 * len(own)
+    assert own[0]["settings"]["seed"] == 1
+    steps = [row for row in own if row["what"] == "step"]
+    assert [row["loss"] for row in steps] == [0.4 / step for step in (1, 2, 3, 4)]
+    assert {row["length_max"] for row in steps} == {64}
+    accuracies = [row for row in own if row["what"] == "accuracy" and row["decoding"] == "sampled"]
+    assert [(row["step"], row["accuracy"], row["best"]) for row in accuracies] == [
+        (0, 0, False),
+        (2, 0.75, True),
+        (4, 0.5, False),
+    ]
+    assert {row["rule"]: row["step"] for row in own if row["what"] == "stopping rule"} == {
+        "loss<0.15": 3,
+        "decided>0.5": None,
+        "decided>0.9": None,
+        "loss<0.1": None,
+        "loss<0.03": None,
+        "agreement-falls": None,
+    }
 
 
 def test_a_folder_that_is_no_run_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

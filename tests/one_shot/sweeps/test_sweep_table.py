@@ -66,6 +66,19 @@ def test_table_to_read(tmp_path: Path, results: list[Result]) -> None:
     )
 
 
+def test_settings_of_the_runs_that_began_and_which_have_which(tmp_path: Path, results: list[Result]) -> None:
+    text = write_table(SweepFolder(tmp_path), results, group_by_settings(results))
+    settings = text.partition("## Settings\n\n")[2].splitlines()
+    assert "learning_rate 2e-05, " in settings[0]
+    assert settings[1:4] == [
+        "- temperature differs: 0.1 in temperature=0.1,seed=0 and temperature=0.1,seed=1 and temperature=0.1,seed=2; "
+        "0.3 in temperature=0.3,seed=0 and temperature=0.3,seed=1",
+        "- seed differs: 0 in temperature=0.1,seed=0 and temperature=0.3,seed=0; "
+        "1 in temperature=0.1,seed=1 and temperature=0.3,seed=1; 2 in temperature=0.1,seed=2",
+        "- torch 2.9, device cpu",
+    ]
+
+
 def test_runs_that_a_rule_ended_count_with_their_own_last_steps(tmp_path: Path) -> None:
     runs = write_sweep(tmp_path, {"seed": (0, 1)})
     write_run(runs[0], [0.5, 0.2], {0: 0.25, 2: 0.75}, {0: 0.125, 2: 0.5})

@@ -1,0 +1,83 @@
+"""What made the results of a page, as lines that a reader can repeat them by: settings, seeds, versions and device."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import em_kernels
+from em_kernels.one_shot.analysis.runs import differing
+from em_kernels.one_shot.policy.model import BUILT_IN
+
+# Of more runs that share a value, the number says more than the names.
+_NAMED = 4
+# A longer text is a chat template, as a rule, and config.json has it in full.
+_LONGEST = 100
+
+
+def settings_lines(made: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The lines of a Markdown list: the settings and versions that are the same for all, and which have which others.
+
+    Args:
+        made: by the name of a run, or of a file of completions, what its config.json says: "settings" by name and,
+            where they are known, "versions" by package, "device" and "processes".
+    """
+    lines = []
+    for flat in ([_settings(config) for config in made.values()], [_versions(config) for config in made.values()]):
+        different = differing(flat)
+        common = {name: value for own in flat for name, value in own.items() if name not in different}
+        alone = [name for name in common if name.startswith(("model ", "task "))]
+        lines += [f"{name}: {common.pop(name)}" for name in alone]
+        lines += [", ".join(f"{name} {value}" for name, value in common.items())] if common else []
+        lines += [_difference(name, dict(zip(made, flat, strict=True))) for name in different]
+    return [f"- {line}" for line in (*lines, f"this page: em_kernels {em_kernels.__version__}")]
+
+
+def setting_text(name: str, value: object) -> str:
+    """A setting's value for a table: texts cut short, the built-in model by its name, floats without trailing zeros."""
+    if name == "prompts" and isinstance(value, list | tuple):
+        first = shortened(str(value[0]), 24)
+        return f"{len(value)} prompts ({first.removesuffix(' ...')} ...)" if len(value) > 1 else f"1 prompt ({first})"
+    if name == "model":
+        return BUILT_IN if value is None else str(value)
+    if isinstance(value, list | tuple):
+        return "/".join(setting_text("", one) for one in value) or "none"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return "none" if value is None else shortened(str(value), _LONGEST)
+
+
+def shortened(text: str, longest: int) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= longest else line[:longest].rstrip() + " ..."
+
+
+def _settings(config: Mapping[str, Any]) -> dict[str, str]:
+    """The settings by name, as texts; each model and each task has a name of its own."""
+    settings = {**config["settings"]}
+    # A digest tells the weights of two folders apart, and a reader nothing.
+    settings.pop("weights", None)
+    models, tasks = settings.pop("models", {}), settings.pop("tasks", {})
+    named = {f"model {name}": setting_text("model", source) for name, source in models.items()}
+    named |= {f"task {name}": contents for name, contents in tasks.items()}
+    own = {name: _quoted(setting_text(name, value), value) for name, value in settings.items()}
+    return {**named, **own, **({"processes": str(config["processes"])} if "processes" in config else {})}
+
+
+def _quoted(text: str, value: object) -> str:
+    """The text of a value, in quotation marks where a comma in it could be taken for the end of the value."""
+    return repr(text) if isinstance(value, str) and "," in text else text
+
+
+def _versions(config: Mapping[str, Any]) -> dict[str, str]:
+    return {**(config.get("versions") or {}), **({"device": config["device"]} if "device" in config else {})}
+
+
+def _difference(name: str, flat: Mapping[str, Mapping[str, str]]) -> str:
+    """Which of the runs have which value of a setting or a version."""
+    having: dict[str, list[str]] = {}
+    for run, own in flat.items():
+        having.setdefault(own.get(name, "absent"), []).append(run)
+    texts = [
+        f"{value} in {' and '.join(runs) if len(runs) <= _NAMED else f'{len(runs)} runs'}"
+        for value, runs in having.items()
+    ]
+    return f"{name} differs: {'; '.join(texts)}"
