@@ -9,12 +9,14 @@ import torch
 from matplotlib import image
 
 from em_kernels.cli import main
+from em_kernels.one_shot import progress
 from em_kernels.one_shot.analysis import generated
 from em_kernels.one_shot.analysis.generated import score_own_completions
 from em_kernels.one_shot.analysis.logits import measure
 from em_kernels.one_shot.policy import Policy
 from em_kernels.one_shot.policy.chat import ChatFormat
 from em_kernels.one_shot.policy.sampling import Sampling, derive_seed
+from em_kernels.one_shot.runs.lock import locked
 
 _PROMPTS = ["1+1?", "a longer one", "x"]
 
@@ -61,7 +63,7 @@ def test_the_command_compares_models(tiny_folder: Path, tmp_path: Path, capsys: 
     assert first["skewness"] == second["skewness"]
     assert first["values"] == 257 * first["positions"]
     config = json.loads((output / "config.json").read_text())
-    assert config["settings"]["prompts"] == f"2 of {prompts}"
+    assert config["settings"]["prompts"].startswith(f"2 of {prompts}, SHA-256 ")
     assert config["settings"]["models"][second["model"]] == str(other)
     assert "torch" in config["versions"]
     text = (output / "logits.md").read_text()
@@ -69,7 +71,7 @@ def test_the_command_compares_models(tiny_folder: Path, tmp_path: Path, capsys: 
     assert f"{first['skewness']:.3f}" in text
     assert "scores that are left after top-k" in text
     assert f"- model {second['model']}: {other}" in text
-    assert "max_new_tokens 4, seed 0, " in text
+    assert "max_new_tokens 4, seed 0, dtype float32, " in text
     assert np.ptp(image.imread(output / "logits.png")[..., :3]) > 0.5
 
 
@@ -91,6 +93,37 @@ def test_what_was_measured_is_not_measured_again(kind: str, tiny_folder: Path, t
     assert main(command) == 2
     os.utime(model / "model.safetensors", ns=(0, 0))
     assert main([*command, "--resume"]) == 2
+
+
+def test_each_analysis_has_a_new_folder_and_overwrites_none(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ["analyze", "logits", str(tiny_folder), "--prompt", "2+2?", "--max-new-tokens", "4"]
+    assert main(command) == 0
+    assert main([*command, "--dtype", "bfloat16"]) == 0
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["logits", "logits-2"]
+    whole, half = (json.loads(Path("runs", name, "logits.jsonl").read_text()) for name in ("logits", "logits-2"))
+    assert whole["deviation"] != half["deviation"] == pytest.approx(whole["deviation"], rel=0.05)
+    capsys.readouterr()
+    assert main([*command, "--output", "runs/logits"]) == 2
+    assert "runs/logits is not empty (it holds results of tiny" in capsys.readouterr().err
+    assert main(["analyze", "tokens", *command[2:], "--output", "runs/logits", "--resume"]) == 2
+    assert "made by other settings: analysis: 'logits', not 'tokens'" in capsys.readouterr().err
+    with locked(Path("runs/logits")):
+        assert main([*command, "--output", "runs/logits", "--resume"]) == 2
+    assert "runs/logits is in use by process" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_quiet_leaves_the_progress_out(
+    quiet: bool, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr(progress, "_quiet", False)
+    command = ["analyze", "tokens", str(tiny_folder), "--prompt", "2+2?", "--max-new-tokens", "4"]
+    assert main([*command, "--output", str(tmp_path / "out"), *(["--quiet"] if quiet else [])]) == 0
+    assert ("prompts 1 to 1 of 1" in capsys.readouterr().err) is not quiet
 
 
 @pytest.mark.parametrize(
