@@ -78,7 +78,7 @@ def band_of(series: Iterable[dict[int, float]]) -> Band:
 def _settings_text(run: Run, names: Sequence[str]) -> str:
     texts = []
     for name in names[:_NAMED_SETTINGS]:
-        text = setting_text(name, run.config.get(name))
+        text = setting_text(name, comparable(run).get(name))
         # A legend has no room for the folders of a model.
         text = Path(text).name if name == "model" else text
         texts.append(text if name in ("prompts", "model") else f"{name} {text}")
