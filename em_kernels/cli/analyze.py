@@ -75,7 +75,7 @@ def _add_output(parser: Any, name: str) -> None:
 
 def _steps(kind: str, runs: Sequence[Path], output: Path) -> None:
     import_quietly()
-    from em_kernels.one_shot.analysis.accuracies import BUILT_IN_NOTE
+    from em_kernels.one_shot.analysis.built_in import built_in_lines
     from em_kernels.one_shot.analysis.runs import read_runs
     from em_kernels.one_shot.analysis.settings import settings_lines
     from em_kernels.one_shot.analysis.steps import describe_steps, draw_steps, step_rows
@@ -86,16 +86,15 @@ def _steps(kind: str, runs: Sequence[Path], output: Path) -> None:
     draw_steps(output / "steps.png", read)
     write_text(output / "steps.jsonl", "".join(json_line(row) for run in read for row in step_rows(run)))
     lines = [line for run in read for line in (*describe_steps(run), "")]
+    lines += [line for note in built_in_lines(run.made for run in read) for line in (note, "")]
     lines += ["## Settings", "", *settings_lines({run.name: run.made for run in read}), ""]
-    if any(run.config.get("model") is None for run in read):
-        lines.append(BUILT_IN_NOTE)
     _finish(output, "steps", lines)
 
 
 def _models(kind: str, models: Sequence[str], output: Path | None, resume: bool, **options: Any) -> None:
     import_quietly()
     from em_kernels.one_shot.analysis import logits, tokens
-    from em_kernels.one_shot.analysis.accuracies import BUILT_IN_NOTE
+    from em_kernels.one_shot.analysis.built_in import built_in_lines
     from em_kernels.one_shot.analysis.settings import settings_lines
     from em_kernels.one_shot.evaluation.folder import output_folder
     from em_kernels.one_shot.evaluation.models import find_models
@@ -127,9 +126,10 @@ def _models(kind: str, models: Sequence[str], output: Path | None, resume: bool,
         rows = [{"model": name, **analysis.figures(of)} for name, of in measured.items()]
         write_text(folder / f"{kind}.jsonl", "".join(json_line(row) for row in rows))
         analysis.draw(folder / f"{kind}.png", measured)
-        about = ["", BUILT_IN_NOTE] if any(model.source is None for model in named) else []
-        settings_section = ["", "## Settings", "", *settings_lines({"": config})]
-        _finish(folder, kind, [*analysis.describe(measured), *settings_section, *about])
+        about = [line for note in built_in_lines([config]) for line in ("", note)]
+        _finish(
+            folder, kind, [*analysis.describe(measured), *about, "", "## Settings", "", *settings_lines({"": config})]
+        )
 
 
 def _measured(

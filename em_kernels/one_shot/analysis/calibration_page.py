@@ -9,6 +9,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
+from em_kernels.one_shot.analysis.built_in import built_in_lines
 from em_kernels.one_shot.analysis.calibration import Bin, Logprobs, Votes, measure_logprobs, measure_votes
 from em_kernels.one_shot.analysis.drawing import colour, draw_absence, draw_legend, new_axes, short_name
 from em_kernels.one_shot.analysis.settings import settings_lines
@@ -55,9 +56,11 @@ def describe_calibration(cells: Mapping[str, Calibration], files: Sequence[Path]
     lines = ["# How reliable votes and log-probabilities are"]
     for name, cell in cells.items():
         lines += ["", f"## {name}", "", *_vote_lines(cell.votes), "", *_logprob_lines(cell.logprobs)]
-    made = {str(path): read_made(path) for path in files}
-    lines += ["", "## Settings", "", *settings_lines({path: config for path, config in made.items() if config})]
-    return lines + [f"- {path}: not known, as no config.json lies beside it" for path in made if not made[path]]
+    made = {str(path): config for path in files if (config := read_made(path))}
+    lines += [line for note in built_in_lines(made.values()) for line in ("", note)]
+    lines += ["", "## Settings", "", *settings_lines(made)]
+    unknown = [str(path) for path in dict.fromkeys(files) if str(path) not in made]
+    return lines + [f"- {path}: not known, as no config.json lies beside it" for path in unknown]
 
 
 def calibration_lines(cells: Mapping[str, Calibration]) -> str:

@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from em_kernels.one_shot.analysis.accuracies import BUILT_IN_NOTE, difference_text
+from em_kernels.one_shot.analysis.accuracies import difference_text
+from em_kernels.one_shot.analysis.built_in import built_in_lines
 from em_kernels.one_shot.analysis.drawing import colour, draw_legend, new_axes
 from em_kernels.one_shot.analysis.published import published_table
 from em_kernels.one_shot.analysis.settings import settings_lines
@@ -27,8 +28,7 @@ def describe_comparison(scores: Sequence[Scores], config: dict[str, Any]) -> lis
     settings = config["settings"]
     tasks = list(dict.fromkeys(one.task for one in scores))
     lines = ["# Accuracy", "", *_table(scores), "", *_explanation(scores)]
-    if None in settings["models"].values():
-        lines += ["", BUILT_IN_NOTE]
+    lines += [line for note in built_in_lines([config]) for line in ("", note)]
     if len(settings["models"]) > 1:
         lines += ["", f"## Differences from {scores[0].model} on the same problems", "", *_differences(scores)]
     published = published_table(tasks)

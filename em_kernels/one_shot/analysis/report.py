@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 
 from em_kernels.one_shot.analysis.accuracies import (
-    BUILT_IN_NOTE,
     CHOSEN_ON,
     DECODINGS,
     courses,
@@ -12,6 +11,7 @@ from em_kernels.one_shot.analysis.accuracies import (
     points_text,
     when,
 )
+from em_kernels.one_shot.analysis.built_in import built_in_lines
 from em_kernels.one_shot.analysis.group_accuracies import group_differences, seed_means
 from em_kernels.one_shot.analysis.groups import Band, Group
 from em_kernels.one_shot.analysis.published import AUTHOR_LOSSES, AUTHOR_LOSSES_SOURCE, PAPER, published_table
@@ -57,9 +57,7 @@ def _title(groups: Sequence[Group], runs: Sequence[Run]) -> list[str]:
         lines += [f"- {group.title}, {_count(group)}" for group in groups]
     elif len(runs) > 1:
         lines += ["", "The runs differ in nothing but the seed."]
-    if any(run.config.get("model") is None for run in runs):
-        lines += ["", f"**{BUILT_IN_NOTE}**"]
-    return lines
+    return lines + [line for note in built_in_lines(run.made for run in runs) for line in ("", f"**{note}**")]
 
 
 def _count(group: Group) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from matplotlib.ticker import MaxNLocator
 
+from em_kernels.one_shot.analysis.built_in import built_in_lines
 from em_kernels.one_shot.analysis.drawing import colour, new_axes
 from em_kernels.one_shot.analysis.settings import settings_lines
 from em_kernels.one_shot.analysis.tables import markdown_table
@@ -46,6 +47,7 @@ def describe_selection(ranked: Sequence[Candidate], by: str, config: Mapping[str
         f"p is the share of {_SHARE[by]} among {len(ranked[0].successes)}; the variance is that of one completion's "
         f"success, and its standard error stands after ±. It is above 0 for {varying} of {len(ranked)} problems. "
         f"Others that may vary as much as the first, by these errors: {len(as_good)}.",
+        *(line for note in built_in_lines([config]) for line in ("", note)),
         "",
         "## Settings",
         "",

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from em_kernels.one_shot.analysis.accuracies import CHOSEN_ON, DECODINGS
-from em_kernels.one_shot.analysis.report import BUILT_IN_NOTE
+from em_kernels.one_shot.analysis.built_in import built_in_lines
 from em_kernels.one_shot.analysis.settings import settings_lines
 from em_kernels.one_shot.analysis.tables import markdown_table
 from em_kernels.one_shot.evaluation.statistics import Estimate
@@ -57,9 +57,7 @@ def _notes(results: Sequence[Result]) -> list[str]:
             f"Accuracies are on {problems} problems, greedy and sampled at temperature 1. The error that comes from "
             f"these being few is not in the standard error over seeds. {CHOSEN_ON}"
         )
-    if any(result.run.config.model is None for result in results):
-        notes.append(BUILT_IN_NOTE)
-    return notes
+    return [*notes, *built_in_lines({"settings": {"model": result.run.config.model}} for result in results)]
 
 
 def _nats(estimate: Estimate) -> str:

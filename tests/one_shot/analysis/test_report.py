@@ -9,7 +9,7 @@ from matplotlib import image
 from run_folders import metrics_row, write_run
 
 from em_kernels.cli import main
-from em_kernels.one_shot.analysis.accuracies import BUILT_IN_NOTE
+from em_kernels.one_shot.analysis.built_in import BUILT_IN_NOTE
 from em_kernels.one_shot.analysis.groups import band_of, named_groups
 from em_kernels.one_shot.analysis.report import write_page
 from em_kernels.one_shot.analysis.report_rows import report_rows

@@ -7,7 +7,7 @@ from matplotlib import image
 from run_folders import metrics_row, write_run
 
 from em_kernels.cli import main
-from em_kernels.one_shot.analysis.accuracies import BUILT_IN_NOTE
+from em_kernels.one_shot.analysis.built_in import BUILT_IN_NOTE
 from em_kernels.one_shot.analysis.runs import read_run
 from em_kernels.one_shot.analysis.steps import describe_steps
 
