@@ -79,11 +79,12 @@ def _steps(kind: str, runs: Sequence[Path], output: Path) -> None:
     from em_kernels.one_shot.analysis.runs import read_runs
     from em_kernels.one_shot.analysis.settings import settings_lines
     from em_kernels.one_shot.analysis.steps import describe_steps, draw_steps, step_rows
+    from em_kernels.one_shot.runs.figures import save_figure
     from em_kernels.one_shot.runs.files import write_text
 
     read = read_runs(runs)
     output.mkdir(parents=True, exist_ok=True)
-    draw_steps(output / "steps.png", read)
+    save_figure(draw_steps(read), output / "steps.png")
     write_text(output / "steps.jsonl", "".join(json_line(row) for run in read for row in step_rows(run)))
     lines = [line for run in read for line in (*describe_steps(run), "")]
     lines += [line for note in built_in_lines(run.made for run in read) for line in (note, "")]
@@ -99,6 +100,7 @@ def _models(kind: str, models: Sequence[str], output: Path | None, resume: bool,
     from em_kernels.one_shot.evaluation.folder import output_folder
     from em_kernels.one_shot.evaluation.models import find_models
     from em_kernels.one_shot.progress import be_quiet
+    from em_kernels.one_shot.runs.figures import save_figure
     from em_kernels.one_shot.runs.files import write_text
     from em_kernels.one_shot.runs.folder import default_run_folder
     from em_kernels.one_shot.runs.surroundings import surroundings
@@ -125,7 +127,7 @@ def _models(kind: str, models: Sequence[str], output: Path | None, resume: bool,
         measured = {name: of_kind.from_json(values) for name, values in found.items()}
         rows = [{"model": name, **analysis.figures(of)} for name, of in measured.items()]
         write_text(folder / f"{kind}.jsonl", "".join(json_line(row) for row in rows))
-        analysis.draw(folder / f"{kind}.png", measured)
+        save_figure(analysis.draw(measured), folder / f"{kind}.png")
         about = [line for note in built_in_lines([config]) for line in ("", note)]
         _finish(
             folder, kind, [*analysis.describe(measured), *about, "", "## Settings", "", *settings_lines({"": config})]
@@ -192,13 +194,14 @@ def _calibration(kind: str, files: Sequence[Path], output: Path) -> None:
         draw_calibration,
     )
     from em_kernels.one_shot.evaluation.grading import Grader
+    from em_kernels.one_shot.runs.figures import save_figure
     from em_kernels.one_shot.runs.files import write_text
 
     with Grader() as grader:
         cells = calibrate(files, grader.same)
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / "calibration.jsonl", calibration_lines(cells))
-    draw_calibration(output / "calibration.png", cells)
+    save_figure(draw_calibration(cells), output / "calibration.png")
     _finish(output, "calibration", describe_calibration(cells, files))
 
 

@@ -27,14 +27,15 @@ def _report(runs: Sequence[Path], output: Path) -> None:
     from em_kernels.one_shot.analysis.report_rows import report_rows
     from em_kernels.one_shot.analysis.runs import read_runs
     from em_kernels.one_shot.json_lines import json_line
+    from em_kernels.one_shot.runs.figures import save_figure
     from em_kernels.one_shot.runs.files import write_text
 
     groups = named_groups(read_runs(runs))
     page = write_page(groups)
     output.mkdir(parents=True, exist_ok=True)
-    draw_curves(output / "curves.png", groups)
+    save_figure(draw_curves(groups), output / "curves.png")
     if any(run.evaluations for group in groups for run in group.runs):
-        draw_accuracy(output / "accuracy.png", groups)
+        save_figure(draw_accuracy(groups), output / "accuracy.png")
     write_text(output / "report.jsonl", "".join(json_line(row) for row in report_rows(groups)))
     write_text(output / "report.md", page)
     print(f"Report:  {output / 'report.md'}\nNumbers: {output / 'report.jsonl'}")

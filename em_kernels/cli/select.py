@@ -59,6 +59,7 @@ def _select(pool: Sequence[str], by: str, temperature: float, count: int, **opti
     from em_kernels.one_shot.evaluation.candidates import candidates
     from em_kernels.one_shot.evaluation.gold import gold_notes
     from em_kernels.one_shot.evaluation.grading import Grader
+    from em_kernels.one_shot.runs.figures import save_figure
     from em_kernels.one_shot.runs.files import write_text
 
     folder = measurement.folder
@@ -73,7 +74,7 @@ def _select(pool: Sequence[str], by: str, temperature: float, count: int, **opti
             print_note(f"--count is {count}, but the pool has {len(order)} problems; the prompt file has all of them")
         write_text(folder / "ranking.jsonl", "".join(_line(i, candidate) for i, candidate in enumerate(order, 1)))
         write_text(folder / "prompts.jsonl", "".join(_line(i, one) for i, one in enumerate(order[:count], 1)))
-        draw_selection(folder / "histogram.png", order, by)
+        save_figure(draw_selection(order, by), folder / "histogram.png")
         text = "\n".join(describe_selection(order, by, config)) + "\n"
         write_text(folder / "table.md", text)
     print(text)

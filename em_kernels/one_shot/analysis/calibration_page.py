@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from em_kernels.one_shot.analysis.built_in import built_in_lines
 from em_kernels.one_shot.analysis.calibration import Bin, Logprobs, Votes, measure_logprobs, measure_votes
@@ -17,7 +18,6 @@ from em_kernels.one_shot.analysis.tables import markdown_table
 from em_kernels.one_shot.errors import UsageError
 from em_kernels.one_shot.evaluation.records import Record, read_records
 from em_kernels.one_shot.json_lines import json_line
-from em_kernels.one_shot.runs.figures import save_figure
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def calibration_lines(cells: Mapping[str, Calibration]) -> str:
     return "".join(json_line({"of": name, **asdict(cell)}) for name, cell in cells.items())
 
 
-def draw_calibration(target: Path, cells: Mapping[str, Calibration]) -> None:
+def draw_calibration(cells: Mapping[str, Calibration]) -> Figure:
     """Draws accuracy by share of votes and by log-probability, a line a cell, larger dots for larger bins."""
     figure, (votes, logprobs) = new_axes(1, 2, width=5.0, height=4.2)
     for number, (name, cell) in enumerate(cells.items()):
@@ -91,7 +91,7 @@ def draw_calibration(target: Path, cells: Mapping[str, Calibration]) -> None:
         axes.set_ylim(-3, 103)
         axes.set_ylabel("right (% ± standard error)")
     draw_legend(figure, votes if any(cell.votes for cell in cells.values()) else logprobs)
-    save_figure(figure, target)
+    return figure
 
 
 def read_made(path: Path) -> dict[str, Any] | None:

@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
+
+from matplotlib.figure import Figure
 
 from em_kernels.one_shot.analysis.accuracies import difference_text
 from em_kernels.one_shot.analysis.built_in import built_in_lines
@@ -13,7 +14,6 @@ from em_kernels.one_shot.analysis.settings import settings_lines
 from em_kernels.one_shot.analysis.tables import markdown_table
 from em_kernels.one_shot.evaluation.scores import Scores
 from em_kernels.one_shot.evaluation.statistics import Estimate, paired_difference
-from em_kernels.one_shot.runs.figures import save_figure
 
 _MEAN = "mean of the tasks"
 
@@ -37,7 +37,7 @@ def describe_comparison(scores: Sequence[Scores], config: dict[str, Any]) -> lis
     return [*lines, "", "## Settings", "", *settings_lines({"": config})]
 
 
-def draw_comparison(target: Path, scores: Sequence[Scores]) -> None:
+def draw_comparison(scores: Sequence[Scores]) -> Figure:
     """Draws the accuracy of each model by temperature, with a band of one standard error, a panel for each task."""
     tasks = list(dict.fromkeys(one.task for one in scores))
     columns = min(3, len(tasks))
@@ -65,7 +65,7 @@ def draw_comparison(target: Path, scores: Sequence[Scores]) -> None:
         axes.set_xlabel("temperature (0: most likely token)")
         axes.set_ylabel("accuracy, %")
     draw_legend(figure, panels[0], columns=columns)
-    save_figure(figure, target)
+    return figure
 
 
 def _table(scores: Sequence[Scores]) -> list[str]:

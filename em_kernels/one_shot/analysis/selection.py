@@ -3,9 +3,9 @@
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from em_kernels.one_shot.analysis.built_in import built_in_lines
@@ -13,7 +13,6 @@ from em_kernels.one_shot.analysis.drawing import colour, new_axes
 from em_kernels.one_shot.analysis.settings import settings_lines
 from em_kernels.one_shot.analysis.tables import markdown_table
 from em_kernels.one_shot.data.selection import Candidate
-from em_kernels.one_shot.runs.figures import save_figure
 
 _SHOWN = 10
 _QUESTION = 60
@@ -56,7 +55,7 @@ def describe_selection(ranked: Sequence[Candidate], by: str, config: Mapping[str
     ]
 
 
-def draw_selection(target: Path, ranked: Sequence[Candidate], by: str) -> None:
+def draw_selection(ranked: Sequence[Candidate], by: str) -> Figure:
     """Draws how many problems have which share of successes, and marks the share of the first one."""
     figure, [axes] = new_axes(1, 1, width=6.0, height=3.6)
     completions = len(ranked[0].successes)
@@ -74,7 +73,7 @@ def draw_selection(target: Path, ranked: Sequence[Candidate], by: str) -> None:
     axes.set_ylabel("problems")
     axes.set_title(f"{len(ranked)} problems", loc="left", fontsize=10)
     axes.legend(frameon=False, fontsize=9)
-    save_figure(figure, target)
+    return figure
 
 
 def _numbers(candidate: Candidate) -> list[str]:

@@ -1,17 +1,17 @@
 """A run by step: loss, entropy, accuracy and lengths, where the accuracy was highest, and what to make of it."""
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from em_kernels.one_shot.analysis.accuracies import CHOSEN_ON, Course, courses, difference, difference_text, when
 from em_kernels.one_shot.analysis.drawing import begin_at_zero, colour, draw_absence, draw_legend, new_axes
 from em_kernels.one_shot.analysis.run_rows import run_rows
 from em_kernels.one_shot.analysis.runs import Run
 from em_kernels.one_shot.analysis.tables import markdown_table
-from em_kernels.one_shot.runs.figures import label_steps, save_figure
+from em_kernels.one_shot.runs.figures import label_steps
 from em_kernels.one_shot.stopping import AGREEMENT, first_stop
 
 # The rules that a run is held against besides its own.
@@ -51,7 +51,7 @@ def step_rows(run: Run) -> Iterator[dict[str, Any]]:
         yield {"what": "stopping rule", "run": run.name, "rule": rule, "step": step}
 
 
-def draw_steps(target: Path, runs: Sequence[Run]) -> None:
+def draw_steps(runs: Sequence[Run]) -> Figure:
     """Draws loss and entropy, accuracy with its standard error, lengths and truncated share by step, a line a run."""
     figure, (losses, accuracy, lengths, shares) = new_axes(2, 2)
     for number, run in enumerate(runs):
@@ -88,7 +88,7 @@ def draw_steps(target: Path, runs: Sequence[Run]) -> None:
         begin_at_zero(axes)
         label_steps(axes)
     draw_legend(figure, losses, columns=3)
-    save_figure(figure, target)
+    return figure
 
 
 def _state(run: Run) -> list[str]:

@@ -1,4 +1,4 @@
-from em_kernels.one_shot.analysis.selection import describe_selection
+from em_kernels.one_shot.analysis.selection import describe_selection, draw_selection
 from em_kernels.one_shot.data.selection import Candidate, ranked
 
 _CONFIG = {"settings": {"seed": 3}, "versions": {"torch": "2.9"}}
@@ -18,6 +18,13 @@ def test_the_first_are_shown_and_how_many_are_as_good() -> None:
     (said,) = [line for line in lines if line.startswith("p is")]
     assert said.startswith("p is the share of right completions among 16;")
     assert said.endswith("above 0 for 3 of 4 problems. Others that may vary as much as the first, by these errors: 1.")
+
+
+def test_the_picture_counts_problems_and_marks_the_first() -> None:
+    [axes] = draw_selection(ranked([_candidate(i, right) for i, right in enumerate((8, 3, 3, 0))]), "variance").axes
+    assert [(bar.get_x() + bar.get_width() / 2, bar.get_height()) for bar in axes.patches] == [(0, 1), (3, 2), (8, 1)]
+    [[marked]] = [series.patches for series in axes.containers if series.get_label() == "the first of the ranking"]
+    assert marked.get_x() + marked.get_width() / 2 == 8
 
 
 def test_no_more_than_ten_are_shown() -> None:

@@ -3,7 +3,6 @@ import os
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from matplotlib import image
@@ -12,7 +11,8 @@ from em_kernels.cli import main
 from em_kernels.one_shot import progress
 from em_kernels.one_shot.analysis import generated
 from em_kernels.one_shot.analysis.generated import score_own_completions
-from em_kernels.one_shot.analysis.logits import measure
+from em_kernels.one_shot.analysis.logits import LogitMoments, draw, measure
+from em_kernels.one_shot.analysis.moments import Moments
 from em_kernels.one_shot.policy import Policy
 from em_kernels.one_shot.policy.chat import ChatFormat
 from em_kernels.one_shot.policy.sampling import Sampling, derive_seed
@@ -72,7 +72,16 @@ def test_the_command_compares_models(tiny_folder: Path, tmp_path: Path, capsys: 
     assert "scores that are left after top-k" in text
     assert f"- model {second['model']}: {other}" in text
     assert "max_new_tokens 4, seed 0, dtype float32, " in text
-    assert np.ptp(image.imread(output / "logits.png")[..., :3]) > 0.5
+    assert image.imread(output / "logits.png").ndim == 3
+
+
+def test_the_picture_is_a_density() -> None:
+    moments = Moments()
+    moments.add(torch.tensor([0.0, 0.0, 0.0, 5.0]))
+    [axes] = draw({"m": LogitMoments(4, moments)}).axes
+    assert [(bar.get_x(), bar.get_height() * bar.get_width()) for bar in axes.patches] == [(0, 0.75), (5, 0.25)]
+    assert axes.lines[0].get_xdata()[0] == 1.25
+    assert axes.texts[0].get_text().startswith("mean 1.25\ndeviation 2.17\n")
 
 
 @pytest.mark.parametrize("kind", ["logits", "tokens"])

@@ -3,15 +3,16 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+from drawn import bands, error_bars, lines
 from matplotlib import image
 from run_folders import metrics_row, write_run
 
 from em_kernels.cli import main
 from em_kernels.one_shot.analysis.built_in import BUILT_IN_NOTE
-from em_kernels.one_shot.analysis.groups import band_of, named_groups
+from em_kernels.one_shot.analysis.groups import Group, band_of, named_groups
 from em_kernels.one_shot.analysis.report import write_page
+from em_kernels.one_shot.analysis.report_pictures import draw_accuracy, draw_curves
 from em_kernels.one_shot.analysis.report_rows import report_rows
 from em_kernels.one_shot.analysis.runs import read_run
 from em_kernels.one_shot.json_lines import json_line
@@ -114,7 +115,62 @@ def test_the_command_writes_the_page_and_its_pictures(tmp_path: Path) -> None:
     assert sorted(path.name for path in output.iterdir()) == names
     for name in ("curves.png", "accuracy.png"):
         assert f"({name})" in page
-        assert np.ptp(image.imread(output / name)[..., :3]) > 0.5
+        assert image.imread(output / name).ndim == 3
+
+
+def _groups(tmp_path: Path) -> list[Group]:
+    """Two seeds whose losses are 1 and 3 times 0.4, 0.2, ..., and one run of another temperature."""
+    rows = [[metrics_row(step, loss=factor * 0.4 / step) for step in (1, 2)] for factor in (1, 3)]
+    verdicts = [{0: _WORSE, 2: _BETTER}, {0: _WORSE, 2: _WORSE}]
+    folders = [
+        write_run(tmp_path / f"one{i}", seed=i, rows=rows[i], verdicts=verdicts[i], model="Qwen2.5-Math-7B")
+        for i in range(2)
+    ]
+    folders.append(write_run(tmp_path / "other", temperature=0.9, rows=rows[1], verdicts=verdicts[0], model="m"))
+    return named_groups(read_run(folder) for folder in folders)
+
+
+def test_curves_are_means_with_bands_of_the_deviation_over_seeds(tmp_path: Path) -> None:
+    groups = _groups(tmp_path)
+    losses, _, decided, _, lengths, truncated = draw_curves(groups).axes
+    first, second, published = lines(losses).items()
+    assert first == (f"{groups[0].title}, 2 seeds", [(1, pytest.approx(0.8)), (2, pytest.approx(0.4))])
+    assert second == (f"{groups[1].title}, 1 run", [(1, pytest.approx(1.2)), (2, pytest.approx(0.6))])
+    assert published[0].startswith("published: Qwen2.5-Math-7B")
+    assert published[1][:2] == [(1, 0.026733), (2, 0.04248)]
+    # Two values have a deviation of their distance over the root of 2.
+    spread = 0.8 / math.sqrt(2)
+    assert bands(losses)[0] == [
+        (1, pytest.approx(0.8 - spread), pytest.approx(0.8 + spread)),
+        (2, pytest.approx(0.4 - spread / 2), pytest.approx(0.4 + spread / 2)),
+    ]
+    assert [axes.get_ylabel() for axes in (losses, decided, lengths)] == ["nats per token", "%", "tokens"]
+    assert lines(decided)[first[0]] == [(1, 10), (2, 20)]
+    assert lines(lengths)[first[0]] == [(1, 51), (2, 52)]
+    assert lines(truncated)[first[0]] == [(1, 25), (2, 25)]
+
+
+def test_accuracies_have_the_deviation_over_seeds_or_the_error_over_problems(tmp_path: Path) -> None:
+    groups = _groups(tmp_path)
+    figure = draw_accuracy(groups)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["accuracy, greedy", "accuracy, sampled"]
+    error = 100 * math.sqrt(2 / 12 * 10 / 12 / 11), 100 * math.sqrt(8 / 12 * 4 / 12 / 11)
+    deviation = 100 * (8 - 2) / 12 / math.sqrt(2)
+    for axes in figure.axes:
+        assert error_bars(axes) == [
+            (
+                f"{groups[0].title}, deviation over seeds",
+                [(0, pytest.approx(100 / 6), 0), (2, pytest.approx(500 / 12), pytest.approx(deviation))],
+            ),
+            (
+                f"{groups[1].title}, standard error over problems",
+                [
+                    (0.08, pytest.approx(100 / 6), pytest.approx(error[0])),
+                    (2.08, pytest.approx(800 / 12), pytest.approx(error[1])),
+                ],
+            ),
+        ]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [label for label, _ in error_bars(axes)]
 
 
 def test_every_number_of_the_page_is_in_a_row(tmp_path: Path) -> None:
