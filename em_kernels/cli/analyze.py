@@ -79,8 +79,8 @@ def _steps(kind: str, runs: Sequence[Path], output: Path) -> None:
     from em_kernels.one_shot.analysis.runs import read_runs
     from em_kernels.one_shot.analysis.settings import settings_lines
     from em_kernels.one_shot.analysis.steps import describe_steps, draw_steps, step_rows
+    from em_kernels.one_shot.files import write_text
     from em_kernels.one_shot.runs.figures import save_figure
-    from em_kernels.one_shot.runs.files import write_text
 
     read = read_runs(runs)
     output.mkdir(parents=True, exist_ok=True)
@@ -99,9 +99,9 @@ def _models(kind: str, models: Sequence[str], output: Path | None, resume: bool,
     from em_kernels.one_shot.analysis.settings import settings_lines
     from em_kernels.one_shot.evaluation.folder import output_folder
     from em_kernels.one_shot.evaluation.models import find_models
+    from em_kernels.one_shot.files import write_text
     from em_kernels.one_shot.progress import be_quiet
     from em_kernels.one_shot.runs.figures import save_figure
-    from em_kernels.one_shot.runs.files import write_text
     from em_kernels.one_shot.runs.folder import default_run_folder
     from em_kernels.one_shot.runs.surroundings import surroundings
 
@@ -139,7 +139,7 @@ def _measured(
 ) -> dict[str, Any]:
     """What was measured of each model, by its name; a file each in the folder, in which some may be."""
     from em_kernels.one_shot.evaluation.engines.in_process import check_model
-    from em_kernels.one_shot.runs.files import write_text
+    from em_kernels.one_shot.files import write_text
 
     kept = {model: folder / f"{number}.json" for number, model in enumerate(models, start=1)}
     missing = [model for model, path in kept.items() if not path.exists()]
@@ -194,8 +194,8 @@ def _calibration(kind: str, files: Sequence[Path], output: Path) -> None:
         draw_calibration,
     )
     from em_kernels.one_shot.evaluation.grading import Grader
+    from em_kernels.one_shot.files import write_text
     from em_kernels.one_shot.runs.figures import save_figure
-    from em_kernels.one_shot.runs.files import write_text
 
     with Grader() as grader:
         cells = calibrate(files, grader.same)
@@ -207,7 +207,7 @@ def _calibration(kind: str, files: Sequence[Path], output: Path) -> None:
 
 def _finish(output: Path, name: str, lines: Sequence[str]) -> None:
     """Prints the table, writes it beside the picture, and says where they are."""
-    from em_kernels.one_shot.runs.files import write_text
+    from em_kernels.one_shot.files import write_text
 
     text = "\n".join(lines).rstrip() + "\n"
     write_text(output / f"{name}.md", text)

@@ -67,8 +67,8 @@ def _evaluate(
     from em_kernels.one_shot.evaluation.gold import gold_notes
     from em_kernels.one_shot.evaluation.grading import Grader
     from em_kernels.one_shot.evaluation.scores import score
+    from em_kernels.one_shot.files import write_text
     from em_kernels.one_shot.runs.figures import save_figure
-    from em_kernels.one_shot.runs.files import write_text
 
     folder = measurement.folder
     of_gold = gold_notes(tasks)

@@ -26,9 +26,9 @@ def _report(runs: Sequence[Path], output: Path) -> None:
     from em_kernels.one_shot.analysis.report_pictures import draw_accuracy, draw_curves
     from em_kernels.one_shot.analysis.report_rows import report_rows
     from em_kernels.one_shot.analysis.runs import read_runs
+    from em_kernels.one_shot.files import write_text
     from em_kernels.one_shot.json_lines import json_line
     from em_kernels.one_shot.runs.figures import save_figure
-    from em_kernels.one_shot.runs.files import write_text
 
     groups = named_groups(read_runs(runs))
     page = write_page(groups)

@@ -59,8 +59,8 @@ def _select(pool: Sequence[str], by: str, temperature: float, count: int, **opti
     from em_kernels.one_shot.evaluation.candidates import candidates
     from em_kernels.one_shot.evaluation.gold import gold_notes
     from em_kernels.one_shot.evaluation.grading import Grader
+    from em_kernels.one_shot.files import write_text
     from em_kernels.one_shot.runs.figures import save_figure
-    from em_kernels.one_shot.runs.files import write_text
 
     folder = measurement.folder
     for line in gold_notes(tasks) if by == "variance" else ():

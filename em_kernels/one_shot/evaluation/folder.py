@@ -12,7 +12,7 @@ from typing import Any
 
 from em_kernels.one_shot.errors import UsageError
 from em_kernels.one_shot.evaluation.records import drop_cut_line
-from em_kernels.one_shot.runs.files import is_unfinished, remove_unfinished, write_text
+from em_kernels.one_shot.files import is_unfinished, remove_unfinished, write_text
 from em_kernels.one_shot.runs.lock import is_lock, locked
 
 COMPLETIONS = "completions.jsonl"

@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from em_kernels.one_shot.evaluation.evaluation import Completion
+from em_kernels.one_shot.files import write_text
 from em_kernels.one_shot.metrics import DECIDED
 from em_kernels.one_shot.runs.figures import label_steps, save_figure
-from em_kernels.one_shot.runs.files import write_text
 
 _COLUMNS, _ROWS = 74, 15
 _COLOURS = matplotlib.colormaps["YlOrRd"]

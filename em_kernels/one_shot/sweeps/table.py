@@ -8,8 +8,8 @@ from em_kernels.one_shot.analysis.built_in import built_in_lines
 from em_kernels.one_shot.analysis.settings import settings_lines
 from em_kernels.one_shot.analysis.tables import markdown_table
 from em_kernels.one_shot.evaluation.statistics import Estimate
+from em_kernels.one_shot.files import write_text
 from em_kernels.one_shot.json_lines import json_line
-from em_kernels.one_shot.runs.files import write_text
 from em_kernels.one_shot.sweeps.folder import SweepFolder
 from em_kernels.one_shot.sweeps.grid import label
 from em_kernels.one_shot.sweeps.results import Group, Result
