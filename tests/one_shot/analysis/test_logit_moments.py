@@ -158,6 +158,13 @@ def test_bad_input_is_one_line(
     assert not output.exists()
 
 
+def test_a_mistake_in_a_later_model_is_seen_before_the_first_is_measured(tiny_folder: Path, tmp_path: Path) -> None:
+    models = [str(tiny_folder), str(tmp_path / "none")]
+    command = ["analyze", "logits", *models, "--prompt", "2+2?", "--max-new-tokens", "4"]
+    assert main([*command, "--output", str(tmp_path / "output")]) == 2
+    assert not (tmp_path / "output").exists()
+
+
 def test_a_model_that_is_not_there_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["analyze", "tokens", str(tmp_path / "none"), "--output", str(tmp_path / "output")]) == 2
     error = capsys.readouterr().err
