@@ -88,7 +88,7 @@ def _settings_section(groups: Sequence[Group], runs: Sequence[Run]) -> list[str]
     if different:
         rows = [[name, *(setting_text(name, config.get(name)) for config in configs)] for name in different]
         lines += ["", "What differs between the groups:", "", *markdown_table(["setting", *_names(groups)], rows)]
-    lines += ["", "What the runs have in common, and where they differ, which their results may come from:", ""]
+    lines += ["", "The settings and versions of the runs; where they differ, their results may differ for it:", ""]
     lines += [*settings_lines({run.name: run.made for run in runs}), ""]
     lines += [f"- Prompts of {group.name}: {_prompts_text(group.config['prompts'])}" for group in groups]
     return lines

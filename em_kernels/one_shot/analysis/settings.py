@@ -1,5 +1,6 @@
 """What made the results of a page, as lines that a reader can repeat them by: settings, seeds, versions and device."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,13 +22,14 @@ def settings_lines(made: Mapping[str, Mapping[str, Any]]) -> list[str]:
             where they are known, "versions" by package, "device" and "processes".
     """
     lines = []
-    for flat in ([_settings(config) for config in made.values()], [_versions(config) for config in made.values()]):
-        different = differing(flat)
-        common = {name: value for own in flat for name, value in own.items() if name not in different}
+    for part in (_settings, _versions):
+        own = {name: part(config) for name, config in made.items()}
+        different = differing(own.values())
+        common = {name: value for values in own.values() for name, value in values.items() if name not in different}
         alone = [name for name in common if name.startswith(("model ", "task "))]
-        lines += [f"{name}: {common.pop(name)}" for name in alone]
-        lines += [", ".join(f"{name} {value}" for name, value in common.items())] if common else []
-        lines += [_difference(name, dict(zip(made, flat, strict=True))) for name in different]
+        lines += [f"{name}: {_text(name, common.pop(name))}" for name in alone]
+        lines += [", ".join(f"{name} {_text(name, value)}" for name, value in common.items())] if common else []
+        lines += [_difference(name, own) for name in different]
     return [f"- {line}" for line in (*lines, f"this page: em_kernels {em_kernels.__version__}")]
 
 
@@ -50,34 +52,40 @@ def shortened(text: str, longest: int) -> str:
     return line if len(line) <= longest else line[:longest].rstrip() + " ..."
 
 
-def _settings(config: Mapping[str, Any]) -> dict[str, str]:
-    """The settings by name, as texts; each model and each task has a name of its own."""
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings by name, in which each model and each task has a name of its own."""
     settings = {**config["settings"]}
     # A digest tells the weights of two folders apart, and a reader nothing.
     settings.pop("weights", None)
     models, tasks = settings.pop("models", {}), settings.pop("tasks", {})
-    named = {f"model {name}": setting_text("model", source) for name, source in models.items()}
+    named = {f"model {name}": source for name, source in models.items()}
     named |= {f"task {name}": contents for name, contents in tasks.items()}
-    own = {name: _quoted(setting_text(name, value), value) for name, value in settings.items()}
-    return {**named, **own, **({"processes": str(config["processes"])} if "processes" in config else {})}
+    return {**named, **settings, **({"processes": config["processes"]} if "processes" in config else {})}
 
 
-def _quoted(text: str, value: object) -> str:
-    """The text of a value, in quotation marks where a comma in it could be taken for the end of the value."""
-    return repr(text) if isinstance(value, str) and "," in text else text
-
-
-def _versions(config: Mapping[str, Any]) -> dict[str, str]:
+def _versions(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**(config.get("versions") or {}), **({"device": config["device"]} if "device" in config else {})}
 
 
-def _difference(name: str, flat: Mapping[str, Mapping[str, str]]) -> str:
+def _difference(name: str, made: Mapping[str, Mapping[str, Any]]) -> str:
     """Which of the runs have which value of a setting or a version."""
+    # Texts that are cut short may be alike where the values are not.
     having: dict[str, list[str]] = {}
-    for run, own in flat.items():
-        having.setdefault(own.get(name, "absent"), []).append(run)
-    texts = [
-        f"{value} in {' and '.join(runs) if len(runs) <= _NAMED else f'{len(runs)} runs'}"
-        for value, runs in having.items()
+    texts: dict[str, str] = {}
+    for run, own in made.items():
+        key = json.dumps(own.get(name, "absent"))
+        having.setdefault(key, []).append(run)
+        texts[key] = _text(name, own[name]) if name in own else "absent"
+    parts = [
+        f"{texts[key]} in {' and '.join(runs) if len(runs) <= _NAMED else f'{len(runs)} runs'}"
+        for key, runs in having.items()
     ]
-    return f"{name} differs: {'; '.join(texts)}"
+    return f"{name} differs: {'; '.join(parts)}"
+
+
+def _text(name: str, value: object) -> str:
+    """The text of a value, in quotation marks where a comma in it could be taken for the end of the value."""
+    if name.startswith("task "):
+        return str(value)
+    text = setting_text("model" if name.startswith("model ") else name, value)
+    return repr(text) if isinstance(value, str) and "," in text else text

@@ -46,6 +46,15 @@ def test_which_runs_have_which_value_where_they_differ() -> None:
     assert "- temperature differs: 0.5 in 9 runs; 1 in 9" in settings_lines(many)
 
 
+def test_values_that_are_cut_short_to_one_text_are_told_apart() -> None:
+    long = "A bakery bakes 7 trays of rolls with 8 rolls on each tray."
+    lines = settings_lines(
+        {"a": _made(prompts=[long, "1"]), "b": _made(prompts=[long, "2"]), "c": _made(prompts=[long])}
+    )
+    text = "(A bakery bakes 7 trays o ...)"
+    assert f"- prompts differs: 2 prompts {text} in a; 2 prompts {text} in b; 1 prompt {text} in c" in lines
+
+
 def test_nothing_is_said_of_what_is_not_known() -> None:
     assert settings_lines({"a": {"settings": {"seed": 0}}}) == ["- seed 0", _PAGE]
     assert settings_lines({}) == [_PAGE]
