@@ -27,6 +27,7 @@ from em_kernels.one_shot.policy.adapter import has_adapter
 from em_kernels.one_shot.policy.rollout import Rollout
 from em_kernels.one_shot.policy.sampling import FILTER_NOTE, derive_seed
 from em_kernels.one_shot.preparation import evaluation_problems, evaluation_tokens, headline, prepare, training_sampling
+from em_kernels.one_shot.runs.figures import save_figure
 from em_kernels.one_shot.runs.folder import RunFolder
 from em_kernels.one_shot.runs.lines import (
     accuracies,
@@ -319,6 +320,8 @@ class _Loop:
             write_completions(run.completions, before, after)
             of_before, of_after = (accuracies([r for r in rows if r["step"] == step]) for step in (0, self.taken))
             temperature = self.config.temperature
-            draw_report(run.picture, metrics, before, after, temperature=temperature, accuracies=(of_before, of_after))
+            shown = (of_before, of_after)
+            figure = draw_report(metrics, before, after, temperature=temperature, accuracies=shown)
+            save_figure(figure, run.picture)
         self._write_checkpoint(run.checkpoint)
         self._say(f"Completions: {run.completions}\nPicture:     {run.picture}\nModel:       {run.checkpoint}")
