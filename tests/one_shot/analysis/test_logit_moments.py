@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from matplotlib import image
+from run_folders import write_run
 
 from em_kernels.cli import main
 from em_kernels.one_shot import progress
 from em_kernels.one_shot.analysis import generated
+from em_kernels.one_shot.analysis.built_in import BUILT_IN_NOTE
 from em_kernels.one_shot.analysis.generated import score_own_completions
 from em_kernels.one_shot.analysis.logits import LogitMoments, draw, measure
 from em_kernels.one_shot.analysis.moments import Moments
@@ -122,6 +124,16 @@ def test_each_analysis_has_a_new_folder_and_overwrites_none(
     with locked(Path("runs/logits")):
         assert main([*command, "--output", "runs/logits", "--resume"]) == 2
     assert "runs/logits is in use by process" in capsys.readouterr().err
+
+
+def test_what_was_trained_from_the_built_in_model_has_its_note(tiny_folder: Path, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", finished=False)
+    (run / "checkpoint").symlink_to(tiny_folder)
+    for model, said in ((run, True), (tiny_folder, False)):
+        output = tmp_path / f"of {model.name}"
+        command = ["analyze", "logits", str(model), "--prompt", "2+2?", "--max-new-tokens", "4"]
+        assert main([*command, "--output", str(output)]) == 0
+        assert (BUILT_IN_NOTE in (output / "logits.md").read_text()) is said
 
 
 @pytest.mark.parametrize("quiet", [True, False])

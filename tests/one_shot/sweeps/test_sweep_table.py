@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from written_runs import write_run, write_sweep
 
+from em_kernels.one_shot.analysis.built_in import BUILT_IN_NOTE
 from em_kernels.one_shot.errors import UsageError
 from em_kernels.one_shot.sweeps.folder import SweepFolder
 from em_kernels.one_shot.sweeps.results import Result, group_by_settings, read_result
@@ -44,6 +45,7 @@ def test_table_to_read(tmp_path: Path, results: list[Result]) -> None:
     text = write_table(folder, results, group_by_settings(results))
     assert folder.table.read_text() == text
     head, rule, cold, warm, *notes = text.splitlines()
+    assert BUILT_IN_NOTE in notes
     assert {len(line) for line in (rule, cold, warm)} == {len(head)}
     assert dict(zip(_cells(head), _cells(cold), strict=True)) == {
         "temperature": "0.1",
