@@ -70,7 +70,9 @@ def _check(path: Path, settings: dict[str, Any], resume: bool) -> None:
         return
     written = _written_settings(path)
     if not resume:
-        held = f" (it holds results of {', '.join(written['models'])})" if written and "models" in written else ""
+        held = ""
+        if written and "models" in written:
+            held = f" (it holds {written.get('analysis', 'completions')} of {', '.join(written['models'])})"
         raise UsageError(
             f"folder {path} is not empty{held}; --resume goes on with what is in it, --output names another"
         )

@@ -118,7 +118,7 @@ def test_each_analysis_has_a_new_folder_and_overwrites_none(
     assert whole["deviation"] != half["deviation"] == pytest.approx(whole["deviation"], rel=0.05)
     capsys.readouterr()
     assert main([*command, "--output", "runs/logits"]) == 2
-    assert "runs/logits is not empty (it holds results of tiny" in capsys.readouterr().err
+    assert "runs/logits is not empty (it holds logits of tiny" in capsys.readouterr().err
     assert main(["analyze", "tokens", *command[2:], "--output", "runs/logits", "--resume"]) == 2
     assert "made by other settings: analysis: 'logits', not 'tokens'" in capsys.readouterr().err
     with locked(Path("runs/logits")):

@@ -41,7 +41,7 @@ def test_whose_results_are_in_the_way(tmp_path: Path) -> None:
     settings = {"models": {"built-in": None, "a/b": "a/b"}}
     with output_folder(tmp_path / "out", settings, {}, resume=False, kept="measured"):
         (tmp_path / "out" / "measured").mkdir()
-    message = r"is not empty \(it holds results of built-in, a/b\); --resume"
+    message = r"is not empty \(it holds completions of built-in, a/b\); --resume"
     with pytest.raises(UsageError, match=message), output_folder(tmp_path / "out", settings, {}, resume=False):
         pass
 
