@@ -67,7 +67,8 @@ def _evaluate(
     from em_kernels.one_shot.evaluation.gold import gold_notes
     from em_kernels.one_shot.evaluation.grading import Grader
     from em_kernels.one_shot.evaluation.scores import score
-    from em_kernels.one_shot.runs.files import write_text
+    from em_kernels.one_shot.files import write_text
+    from em_kernels.one_shot.runs.figures import save_figure
 
     folder = measurement.folder
     of_gold = gold_notes(tasks)
@@ -83,7 +84,7 @@ def _evaluate(
                 same=grader.same,
             )
         text = "\n".join([*describe_comparison(scores, config), *(f"- {line}" for line in of_gold)]) + "\n"
-        draw_comparison(folder / "accuracy.png", scores)
+        save_figure(draw_comparison(scores), folder / "accuracy.png")
         write_text(folder / "table.md", text)
     print(text)
     for what, name in (("Table", "table.md"), ("Picture", "accuracy.png"), ("Completions", "completions.jsonl")):

@@ -11,8 +11,8 @@ def add_parser(commands: Any) -> None:
     report = commands.add_parser(
         "report",
         help="write one page about several runs",
-        description="Write report.md and its pictures: settings, curves with bands over seeds, lengths, accuracies "
-        "with errors, and the published figures. Runs that differ in nothing but the seed are a group.",
+        description="Write report.md, its numbers and its pictures: settings, curves with bands over seeds, lengths, "
+        "accuracies with errors, and the published figures. Runs that differ in nothing but the seed are a group.",
     )
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder that train has written")
     report.add_argument("--output", type=Path, default=Path("report"), metavar="FOLDER", help="where it goes (report)")
@@ -24,14 +24,18 @@ def _report(runs: Sequence[Path], output: Path) -> None:
     from em_kernels.one_shot.analysis.groups import named_groups
     from em_kernels.one_shot.analysis.report import write_page
     from em_kernels.one_shot.analysis.report_pictures import draw_accuracy, draw_curves
+    from em_kernels.one_shot.analysis.report_rows import report_rows
     from em_kernels.one_shot.analysis.runs import read_runs
-    from em_kernels.one_shot.runs.files import write_text
+    from em_kernels.one_shot.files import write_text
+    from em_kernels.one_shot.json_lines import json_line
+    from em_kernels.one_shot.runs.figures import save_figure
 
     groups = named_groups(read_runs(runs))
     page = write_page(groups)
     output.mkdir(parents=True, exist_ok=True)
-    draw_curves(output / "curves.png", groups)
+    save_figure(draw_curves(groups), output / "curves.png")
     if any(run.evaluations for group in groups for run in group.runs):
-        draw_accuracy(output / "accuracy.png", groups)
+        save_figure(draw_accuracy(groups), output / "accuracy.png")
+    write_text(output / "report.jsonl", "".join(json_line(row) for row in report_rows(groups)))
     write_text(output / "report.md", page)
-    print(f"Report: {output / 'report.md'}")
+    print(f"Report:  {output / 'report.md'}\nNumbers: {output / 'report.jsonl'}")

@@ -59,12 +59,13 @@ def _select(pool: Sequence[str], by: str, temperature: float, count: int, **opti
     from em_kernels.one_shot.evaluation.candidates import candidates
     from em_kernels.one_shot.evaluation.gold import gold_notes
     from em_kernels.one_shot.evaluation.grading import Grader
-    from em_kernels.one_shot.runs.files import write_text
+    from em_kernels.one_shot.files import write_text
+    from em_kernels.one_shot.runs.figures import save_figure
 
     folder = measurement.folder
     for line in gold_notes(tasks) if by == "variance" else ():
         print_note(line)
-    with measurement.drawn() as (records, _):
+    with measurement.drawn() as (records, config):
         if not any(record.completion.strip() for record in records):
             raise UsageError(f"the model generated nothing in {len(records)} completions, so no problem can be chosen")
         with Grader() as grader:
@@ -73,9 +74,11 @@ def _select(pool: Sequence[str], by: str, temperature: float, count: int, **opti
             print_note(f"--count is {count}, but the pool has {len(order)} problems; the prompt file has all of them")
         write_text(folder / "ranking.jsonl", "".join(_line(i, candidate) for i, candidate in enumerate(order, 1)))
         write_text(folder / "prompts.jsonl", "".join(_line(i, one) for i, one in enumerate(order[:count], 1)))
-        draw_selection(folder / "histogram.png", order, by)
-    print("\n".join(describe_selection(order, by)))
-    print(f"\nRanking: {folder / 'ranking.jsonl'}\nPicture: {folder / 'histogram.png'}")
+        save_figure(draw_selection(order, by), folder / "histogram.png")
+        text = "\n".join(describe_selection(order, by, config)) + "\n"
+        write_text(folder / "table.md", text)
+    print(text)
+    print(f"Table:   {folder / 'table.md'}\nRanking: {folder / 'ranking.jsonl'}\nPicture: {folder / 'histogram.png'}")
     print(f"Train:   em-kernels train --prompt-file {folder / 'prompts.jsonl'}")
 
 

@@ -32,6 +32,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 
 from em_kernels.one_shot.config import TrainConfig
 from em_kernels.one_shot.errors import UsageError
+from em_kernels.one_shot.policy.sharded import is_sharded
 
 _ZERO_STAGES = (2, 3)
 # The tag of DeepSpeed's checkpoint within a state's folder.
@@ -154,11 +155,6 @@ def shard(model: Any) -> None:
         for module in ends:
             fully_shard(module)
     fully_shard(model)
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether a forward pass of the model gathers parameters, which every process then has to take part in."""
-    return isinstance(model, FSDPModule) or any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from em_kernels.one_shot.drift import Reference, draw_reference, estimate_kl
 from em_kernels.one_shot.errors import UsageError
 from em_kernels.one_shot.evaluation.evaluation import Completion, ProblemSet, evaluate, show, summaries
 from em_kernels.one_shot.evaluation.records import read_records
+from em_kernels.one_shot.files import failing_as_os_error, removed_on_failure
 from em_kernels.one_shot.interruption import Interrupted, Interruption
 from em_kernels.one_shot.metrics import describe_rollout, peak_bytes
 from em_kernels.one_shot.objective import accumulate_gradient
@@ -26,7 +27,7 @@ from em_kernels.one_shot.policy.adapter import has_adapter
 from em_kernels.one_shot.policy.rollout import Rollout
 from em_kernels.one_shot.policy.sampling import FILTER_NOTE, derive_seed
 from em_kernels.one_shot.preparation import evaluation_problems, evaluation_tokens, headline, prepare, training_sampling
-from em_kernels.one_shot.runs.files import failing_as_os_error, removed_on_failure
+from em_kernels.one_shot.runs.figures import save_figure
 from em_kernels.one_shot.runs.folder import RunFolder
 from em_kernels.one_shot.runs.lines import (
     accuracies,
@@ -319,6 +320,8 @@ class _Loop:
             write_completions(run.completions, before, after)
             of_before, of_after = (accuracies([r for r in rows if r["step"] == step]) for step in (0, self.taken))
             temperature = self.config.temperature
-            draw_report(run.picture, metrics, before, after, temperature=temperature, accuracies=(of_before, of_after))
+            shown = (of_before, of_after)
+            figure = draw_report(metrics, before, after, temperature=temperature, accuracies=shown)
+            save_figure(figure, run.picture)
         self._write_checkpoint(run.checkpoint)
         self._say(f"Completions: {run.completions}\nPicture:     {run.picture}\nModel:       {run.checkpoint}")

@@ -33,6 +33,7 @@ from em_kernels.one_shot.objective import accumulate_gradient
 from em_kernels.one_shot.optimizer import make_optimizer
 from em_kernels.one_shot.policy import Policy
 from em_kernels.one_shot.policy.rollout import Rollout
+from em_kernels.one_shot.policy.sharded import is_sharded
 from em_kernels.one_shot.runs.folder import RunFolder
 
 pytestmark = pytest.mark.slow
@@ -56,7 +57,7 @@ def _on_a_rank(folder: Path, rollout: dict[str, Tensor], loss: str, tied: bool) 
         model = _load(folder, tied)
         policy = _policy(model, loss)
         sharding.shard(model)
-        assert sharding.is_sharded(model)
+        assert is_sharded(model)
         part = _part(rollout, accelerator.process_index, accelerator.num_processes)
         stats = accumulate_gradient(accelerator, policy, part, temperature=TAU, micro_batch_size=3)
         return stats, {name: p.grad.full_tensor() for name, p in model.named_parameters()}
@@ -83,7 +84,7 @@ def _with_zero(folder: Path, rollout: dict[str, Tensor], config: TrainConfig, st
         model.model.layers[0].mlp.down_proj.register_forward_hook(lambda _, inputs, output: dtypes.add(output.dtype))
         make = functools.partial(make_optimizer, config=config)
         prepared, optimizer = sharding.prepare(accelerator, model, make, config)
-        assert sharding.is_sharded(model) == (stage == 3)
+        assert is_sharded(model) == (stage == 3)
         policy = Policy(model, None, head, config.dtype, prepared=prepared)
         part = _part(rollout, accelerator.process_index, accelerator.num_processes)
         stats = accumulate_gradient(accelerator, policy, part, temperature=TAU, micro_batch_size=3)

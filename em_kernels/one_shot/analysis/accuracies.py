@@ -9,11 +9,6 @@ from em_kernels.one_shot.evaluation.statistics import Estimate, paired_differenc
 
 # What evaluations.jsonl calls the two ways of decoding, and the temperature that its records have.
 DECODINGS = {"greedy": 0.0, "sampled": 1.0}
-BUILT_IN_NOTE = (
-    "The built-in model made these numbers. It answers 1 to 7 % of MAWPS, SVAMP and GSM8K and 25 % of the project's "
-    "own one-step problems (100 problems a set, greedy, 256 tokens), so they show the harness and the mechanism, and "
-    "not the gain that the paper reports."
-)
 CHOSEN_ON = (
     "The best step is chosen on the problems that it is shown on, so its accuracy is flattered; "
     "that of the last step is not."

@@ -1,19 +1,23 @@
 """The tables and the picture of how reliable votes and log-probabilities are."""
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
+from em_kernels.one_shot.analysis.built_in import built_in_lines
 from em_kernels.one_shot.analysis.calibration import Bin, Logprobs, Votes, measure_logprobs, measure_votes
 from em_kernels.one_shot.analysis.drawing import colour, draw_absence, draw_legend, new_axes, short_name
+from em_kernels.one_shot.analysis.settings import settings_lines
 from em_kernels.one_shot.analysis.tables import markdown_table
 from em_kernels.one_shot.errors import UsageError
 from em_kernels.one_shot.evaluation.records import Record, read_records
 from em_kernels.one_shot.json_lines import json_line
-from em_kernels.one_shot.runs.figures import save_figure
 
 
 @dataclass(frozen=True)
@@ -47,12 +51,16 @@ def calibrate(files: Sequence[Path], same: Callable[[str, str], bool]) -> dict[s
     return {name: Calibration(measure_votes(own, same), measure_logprobs(own)) for name, own in cells.items()}
 
 
-def describe_calibration(cells: Mapping[str, Calibration]) -> list[str]:
-    """The lines of a Markdown page: the bins of each cell with their counts, and what they come to."""
+def describe_calibration(cells: Mapping[str, Calibration], files: Sequence[Path]) -> list[str]:
+    """The lines of a Markdown page: the bins of each cell with their counts, what they come to, and what made them."""
     lines = ["# How reliable votes and log-probabilities are"]
     for name, cell in cells.items():
         lines += ["", f"## {name}", "", *_vote_lines(cell.votes), "", *_logprob_lines(cell.logprobs)]
-    return lines
+    made = {str(path): config for path in files if (config := read_made(path))}
+    lines += [line for note in built_in_lines(made.values()) for line in ("", note)]
+    lines += ["", "## Settings", "", *settings_lines(made)]
+    unknown = [str(path) for path in dict.fromkeys(files) if str(path) not in made]
+    return lines + [f"- {path}: not known, as no config.json lies beside it" for path in unknown]
 
 
 def calibration_lines(cells: Mapping[str, Calibration]) -> str:
@@ -60,7 +68,7 @@ def calibration_lines(cells: Mapping[str, Calibration]) -> str:
     return "".join(json_line({"of": name, **asdict(cell)}) for name, cell in cells.items())
 
 
-def draw_calibration(target: Path, cells: Mapping[str, Calibration]) -> None:
+def draw_calibration(cells: Mapping[str, Calibration]) -> Figure:
     """Draws accuracy by share of votes and by log-probability, a line a cell, larger dots for larger bins."""
     figure, (votes, logprobs) = new_axes(1, 2, width=5.0, height=4.2)
     for number, (name, cell) in enumerate(cells.items()):
@@ -83,7 +91,17 @@ def draw_calibration(target: Path, cells: Mapping[str, Calibration]) -> None:
         axes.set_ylim(-3, 103)
         axes.set_ylabel("right (% ± standard error)")
     draw_legend(figure, votes if any(cell.votes for cell in cells.values()) else logprobs)
-    save_figure(figure, target)
+    return figure
+
+
+def read_made(path: Path) -> dict[str, Any] | None:
+    """What made a file of completions: "settings" and versions, as the command left them that wrote the file."""
+    of_run = path.parent.name == "evaluations"
+    try:
+        written = json.loads(((path.parent.parent if of_run else path.parent) / "config.json").read_text("utf-8"))
+        return {"settings": dict(written.pop("config" if of_run else "settings")), **written}
+    except (AttributeError, KeyError, OSError, TypeError, ValueError):
+        return None
 
 
 def _draw_bins(axes: Axes, bins: Sequence[Bin], factor: float, own_colour: str, name: str) -> None:

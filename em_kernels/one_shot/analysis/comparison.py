@@ -2,16 +2,18 @@
 
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-from em_kernels.one_shot.analysis.accuracies import BUILT_IN_NOTE, difference_text
+from matplotlib.figure import Figure
+
+from em_kernels.one_shot.analysis.accuracies import difference_text
+from em_kernels.one_shot.analysis.built_in import built_in_lines
 from em_kernels.one_shot.analysis.drawing import colour, draw_legend, new_axes
 from em_kernels.one_shot.analysis.published import published_table
+from em_kernels.one_shot.analysis.settings import settings_lines
 from em_kernels.one_shot.analysis.tables import markdown_table
 from em_kernels.one_shot.evaluation.scores import Scores
 from em_kernels.one_shot.evaluation.statistics import Estimate, paired_difference
-from em_kernels.one_shot.runs.figures import save_figure
 
 _MEAN = "mean of the tasks"
 
@@ -26,17 +28,16 @@ def describe_comparison(scores: Sequence[Scores], config: dict[str, Any]) -> lis
     settings = config["settings"]
     tasks = list(dict.fromkeys(one.task for one in scores))
     lines = ["# Accuracy", "", *_table(scores), "", *_explanation(scores)]
-    if None in settings["models"].values():
-        lines += ["", BUILT_IN_NOTE]
+    lines += [line for note in built_in_lines([config]) for line in ("", note)]
     if len(settings["models"]) > 1:
         lines += ["", f"## Differences from {scores[0].model} on the same problems", "", *_differences(scores)]
     published = published_table(tasks)
     if published:
         lines += ["", "## Published, not measured here", "", *published]
-    return [*lines, "", "## Settings", "", *_settings(config)]
+    return [*lines, "", "## Settings", "", *settings_lines({"": config})]
 
 
-def draw_comparison(target: Path, scores: Sequence[Scores]) -> None:
+def draw_comparison(scores: Sequence[Scores]) -> Figure:
     """Draws the accuracy of each model by temperature, with a band of one standard error, a panel for each task."""
     tasks = list(dict.fromkeys(one.task for one in scores))
     columns = min(3, len(tasks))
@@ -64,7 +65,7 @@ def draw_comparison(target: Path, scores: Sequence[Scores]) -> None:
         axes.set_xlabel("temperature (0: most likely token)")
         axes.set_ylabel("accuracy, %")
     draw_legend(figure, panels[0], columns=columns)
-    save_figure(figure, target)
+    return figure
 
 
 def _table(scores: Sequence[Scores]) -> list[str]:
@@ -146,18 +147,6 @@ def _means(scores: Sequence[Scores], estimate: Callable[[Scores], Estimate]) -> 
         for cell, own in cells.items()
         if len(own) > 1
     }
-
-
-def _settings(config: dict[str, Any]) -> list[str]:
-    settings = config["settings"]
-    shown = [f"{name} {value!r}" for name, value in settings.items() if name not in ("models", "tasks", "weights")]
-    versions = [*(f"{name} {version}" for name, version in config["versions"].items()), config["device"]]
-    return [
-        *(f"- model {name}: {source or 'SmolLM2-135M-Instruct'}" for name, source in settings["models"].items()),
-        *(f"- task {name}: {contents}" for name, contents in settings["tasks"].items()),
-        f"- {', '.join(shown)}",
-        f"- {', '.join(versions)}",
-    ]
 
 
 def _temperature(value: float) -> str:

@@ -7,8 +7,6 @@ import torch
 from torch import Tensor
 
 from em_kernels.one_shot.policy import Policy
-from em_kernels.one_shot.policy.chat import ChatFormat
-from em_kernels.one_shot.policy.model import load_model
 from em_kernels.one_shot.policy.sampling import Sampling, derive_seed
 
 _PROMPTS_AT_ONCE = 32
@@ -25,21 +23,6 @@ class Scored(NamedTuple):
 
     logits: Tensor
     ids: Tensor
-
-
-def load_policy(source: str | None, chat: ChatFormat) -> Policy:
-    """Loads a model onto this machine's accelerator, or the CPU where there is none.
-
-    Args:
-        source: what `load_model` takes.
-        chat: how a prompt becomes the text that the model completes.
-
-    Raises:
-        UsageError: there is no such model, or it cannot be loaded.
-    """
-    model, tokenizer = load_model(source)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    return Policy(model.to(device), tokenizer, chat=chat)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from em_kernels.one_shot.analysis.runs import Run, comparable, differing, group_runs
-from em_kernels.one_shot.policy.model import BUILT_IN
+from em_kernels.one_shot.analysis.settings import setting_text
 
 # More settings than these would not fit a legend.
 _NAMED_SETTINGS = 2
@@ -75,33 +75,15 @@ def band_of(series: Iterable[dict[int, float]]) -> Band:
     return Band(steps, [fmean(by_step[step]) for step in steps], spread)
 
 
-def setting_text(name: str, value: object) -> str:
-    """A setting's value for a table: texts cut short, a model by its name, floats without trailing zeros."""
-    if name == "prompts":
-        assert isinstance(value, list)
-        first = _short(str(value[0]), 24)
-        return f"{len(value)} prompts ({first.removesuffix(' ...')} ...)" if len(value) > 1 else f"1 prompt ({first})"
-    if name == "model":
-        return BUILT_IN if value is None else Path(str(value)).name
-    if isinstance(value, float):
-        return f"{value:g}"
-    return "none" if value in (None, []) else _short(str(value), 60)
-
-
 def _settings_text(run: Run, names: Sequence[str]) -> str:
     texts = []
     for name in names[:_NAMED_SETTINGS]:
-        value = run.config.get(name)
-        texts.append(
-            setting_text(name, value) if name in ("prompts", "model") else f"{name} {setting_text(name, value)}"
-        )
+        text = setting_text(name, comparable(run).get(name))
+        # A legend has no room for the folders of a model.
+        text = Path(text).name if name == "model" else text
+        texts.append(text if name in ("prompts", "model") else f"{name} {text}")
     more = len(names) - _NAMED_SETTINGS
     return ", ".join(texts) + (f" and {more} more" if more > 0 else "")
-
-
-def _short(text: str, longest: int) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= longest else line[:longest].rstrip() + " ..."
 
 
 def _letter(number: int) -> str:

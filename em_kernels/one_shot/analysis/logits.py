@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
+
+from matplotlib.figure import Figure
 
 from em_kernels.one_shot.analysis.drawing import colour, new_axes, short_name
 from em_kernels.one_shot.analysis.generated import score_own_completions
@@ -12,7 +13,6 @@ from em_kernels.one_shot.analysis.published import PAPER
 from em_kernels.one_shot.analysis.tables import markdown_table
 from em_kernels.one_shot.policy import Policy
 from em_kernels.one_shot.policy.sampling import Sampling
-from em_kernels.one_shot.runs.figures import save_figure
 
 NOTE = (
     "The logits are raw: of the whole vocabulary, before temperature and filters, at the positions of the tokens that "
@@ -78,7 +78,7 @@ def describe(measured: Mapping[str, LogitMoments]) -> list[str]:
     return [*markdown_table(header, rows), "", NOTE]
 
 
-def draw(target: Path, measured: Mapping[str, LogitMoments]) -> None:
+def draw(measured: Mapping[str, LogitMoments]) -> Figure:
     """Draws the histograms side by side, on the same axes; the density is logarithmic, for its tails to be seen."""
     figure, panels = new_axes(1, len(measured), width=4.0, sharex=True, sharey=True)
     for number, (axes, (name, of)) in enumerate(zip(panels, measured.items(), strict=True)):
@@ -98,4 +98,4 @@ def draw(target: Path, measured: Mapping[str, LogitMoments]) -> None:
         axes.text(0.98, 0.96, text, transform=axes.transAxes, ha="right", va="top", fontsize=9)
         axes.set_xlabel("raw logit")
     panels[0].set_ylabel("density")
-    save_figure(figure, target)
+    return figure

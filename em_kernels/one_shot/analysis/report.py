@@ -2,26 +2,25 @@
 
 from collections.abc import Iterator, Sequence
 
-import em_kernels
 from em_kernels.one_shot.analysis.accuracies import (
-    BUILT_IN_NOTE,
     CHOSEN_ON,
     DECODINGS,
     courses,
     difference,
     difference_text,
-    last_scores,
     points_text,
     when,
 )
-from em_kernels.one_shot.analysis.groups import Band, Group, setting_text
+from em_kernels.one_shot.analysis.built_in import built_in_lines
+from em_kernels.one_shot.analysis.group_accuracies import group_differences, seed_means
+from em_kernels.one_shot.analysis.groups import Band, Group
 from em_kernels.one_shot.analysis.published import AUTHOR_LOSSES, AUTHOR_LOSSES_SOURCE, PAPER, published_table
 from em_kernels.one_shot.analysis.runs import Run, differing
+from em_kernels.one_shot.analysis.settings import setting_text, settings_lines
 from em_kernels.one_shot.analysis.tables import markdown_table
-from em_kernels.one_shot.evaluation.statistics import Estimate, mean_over_problems, paired_difference
 
 # Rows of the table of curves: the name in metrics.jsonl, the heading, and the form of a value.
-_CURVES = (
+CURVES = (
     ("loss", "loss (nats)", ".4f"),
     ("entropy", "entropy at temperature 1 (nats)", ".4f"),
     ("decided", "decided tokens", ".1%"),
@@ -40,13 +39,13 @@ _ERRORS = (
     "itself."
 )
 # What is told of an evaluation's completions: the name in evaluations.jsonl, and the form of a value.
-_COUNTED = (("unreadable", ""), ("truncated", ""), ("length_mean", ".1f"))
+COUNTED = (("unreadable", ""), ("truncated", ""), ("length_mean", ".1f"))
 
 
 def write_page(groups: Sequence[Group]) -> str:
     """The page as Markdown; it shows curves.png and accuracy.png, which have to lie beside it."""
     runs = [run for group in groups for run in group.runs]
-    sections = [_title(groups, runs), _runs_section(groups, runs), _settings_section(groups)]
+    sections = [_title(groups, runs), _runs_section(groups, runs), _settings_section(groups, runs)]
     sections += [_curves_section(groups), _accuracy_section(groups), _published_section(groups)]
     return "\n\n".join("\n".join(lines) for lines in sections) + "\n"
 
@@ -58,9 +57,7 @@ def _title(groups: Sequence[Group], runs: Sequence[Run]) -> list[str]:
         lines += [f"- {group.title}, {_count(group)}" for group in groups]
     elif len(runs) > 1:
         lines += ["", "The runs differ in nothing but the seed."]
-    if any(run.config.get("model") is None for run in runs):
-        lines += ["", f"**{BUILT_IN_NOTE}**"]
-    return lines
+    return lines + [line for note in built_in_lines(run.made for run in runs) for line in ("", f"**{note}**")]
 
 
 def _count(group: Group) -> str:
@@ -73,20 +70,7 @@ def _runs_section(groups: Sequence[Group], runs: Sequence[Run]) -> list[str]:
         for group in groups
         for run in group.runs
     ]
-    versions = [dict(run.surroundings.get("versions") or {}) for run in runs]
-    different = differing(versions)
-    same = ", ".join(f"{name} {value}" for name, value in versions[0].items() if name not in different)
-    lines = ["## Runs", "", *markdown_table(["group", "run", "seed", "state", "device"], rows, texts=5), ""]
-    lines.append(
-        f"Versions, the same in all runs: {same or 'none'}. Page written by em_kernels {em_kernels.__version__}."
-    )
-    if different:
-        lines += ["", "**Versions that are not the same in all runs**, so that differences may come from them:", ""]
-        lines += markdown_table(
-            ["version", *(run.name for run in runs)],
-            [[name, *(_text(of_run.get(name)) for of_run in versions)] for name in different],
-        )
-    return lines
+    return ["## Runs", "", *markdown_table(["group", "run", "seed", "state", "device"], rows, texts=5)]
 
 
 def _state(run: Run) -> str:
@@ -97,16 +81,15 @@ def _state(run: Run) -> str:
     return state if len(run.metrics) == steps else f"{state}, ended by a rule"
 
 
-def _settings_section(groups: Sequence[Group]) -> list[str]:
+def _settings_section(groups: Sequence[Group], runs: Sequence[Run]) -> list[str]:
     configs = [group.config for group in groups]
     different = differing(configs)
     lines = ["## Settings"]
     if different:
         rows = [[name, *(setting_text(name, config.get(name)) for config in configs)] for name in different]
         lines += ["", "What differs between the groups:", "", *markdown_table(["setting", *_names(groups)], rows)]
-        lines += ["", "What all have:"]
-    rows = [[name, setting_text(name, value)] for name, value in configs[0].items() if name not in different]
-    lines += ["", *markdown_table(["setting", "value"], rows, texts=2), ""]
+    lines += ["", "The settings and versions of the runs; where they differ, their results may differ for it:", ""]
+    lines += [*settings_lines({run.name: run.made for run in runs}), ""]
     lines += [f"- Prompts of {group.name}: {_prompts_text(group.config['prompts'])}" for group in groups]
     return lines
 
@@ -120,7 +103,7 @@ def _prompts_text(prompts: Sequence[str]) -> str:
 def _curves_section(groups: Sequence[Group]) -> list[str]:
     lines = ["## Loss, entropy and lengths", ""]
     rows = []
-    for name, heading, form in _CURVES:
+    for name, heading, form in CURVES:
         bands = [group.band(name) for group in groups]
         if any(band.steps for band in bands):
             rows.append([heading, *(_ends(band, form) for band in bands)])
@@ -165,7 +148,11 @@ def _accuracy_section(groups: Sequence[Group]) -> list[str]:
         "best - before",
     ]
     lines += [*markdown_table(header, rows, texts=3), "", _ERRORS, ""]
-    said = list(_between(groups))
+    said = [
+        f"Last step, {of.decoding}, {of.group} less {of.less}, problem by problem over all seeds: "
+        f"{difference_text(of.change)}."
+        for of in group_differences(groups)
+    ]
     if unmeasured:
         said.append(f"Not measured in: {', '.join(unmeasured)}.")
     if said:
@@ -174,7 +161,6 @@ def _accuracy_section(groups: Sequence[Group]) -> list[str]:
 
 
 def _accuracy_rows(group: Group) -> Iterator[list[str]]:
-    seen: dict[str, list[tuple[float, float, float]]] = {}
     for run in group.runs:
         for course in courses(run):
             start, best, last = (course.by_step.get(step) for step in (0, course.best, course.last))
@@ -190,13 +176,10 @@ def _accuracy_rows(group: Group) -> Iterator[list[str]]:
                 f"{best} ({when(course.best)})",
                 *(difference_text(difference(run, course.decoding, 0, step)) for step in (course.last, course.best)),
             ]
-            if start is not None:
-                seen.setdefault(course.decoding, []).append((start.mean, last.mean, best.mean))
-    for decoding, values in seen.items():
-        if len(values) > 1:
-            start, last, best = (_over_seeds([value[i] for value in values]) for i in range(3))
-            changes = (points_text(_over_seeds([value[i] - value[0] for value in values])) for i in (1, 2))
-            yield [group.name, f"mean of {len(values)} seeds", decoding, "", str(start), str(last), str(best), *changes]
+    for means in seed_means(group):
+        accuracies = (str(means.accuracy[when]) for when in ("before", "last", "best"))
+        changes = (points_text(means.change[when]) for when in ("last", "best"))
+        yield [group.name, f"mean of {means.runs} seeds", means.decoding, "", *accuracies, *changes]
 
 
 def _completions_table(groups: Sequence[Group]) -> list[str]:
@@ -207,27 +190,11 @@ def _completions_table(groups: Sequence[Group]) -> list[str]:
             steps = run.accuracies(decoding)
             if steps:
                 first, last = steps[min(steps)], steps[max(steps)]
-                cells = [f"{_text(first.get(name), form)} → {_text(last.get(name), form)}" for name, form in _COUNTED]
+                cells = [f"{_text(first.get(name), form)} → {_text(last.get(name), form)}" for name, form in COUNTED]
                 tasks = sorted({record.task for record in run.records(max(steps))})
                 rows.append([run.name, decoding, ", ".join(tasks), *cells])
     header = ["run", "decoding", "problems", "unreadable", "truncated", "mean length (tokens)"]
     return ["The completions of the first evaluation and of the last one:", "", *markdown_table(header, rows, texts=3)]
-
-
-def _over_seeds(values: Sequence[float]) -> Estimate:
-    # The sample is that of the seeds here.
-    return mean_over_problems({seed: [value] for seed, value in enumerate(values)})
-
-
-def _between(groups: Sequence[Group]) -> Iterator[str]:
-    """The accuracies of the other groups less that of the first one that was measured, on the same problems."""
-    for decoding in DECODINGS:
-        measured = [(group.name, scores) for group in groups if (scores := last_scores(group.runs, decoding))]
-        for name, scores in measured[1:]:
-            first_name, first = measured[0]
-            if first.keys() == scores.keys():
-                change = difference_text(paired_difference(first, scores))
-                yield f"Last step, {decoding}, {name} less {first_name}, problem by problem over all seeds: {change}."
 
 
 def _published_section(groups: Sequence[Group]) -> list[str]:

@@ -1,13 +1,15 @@
 """The pictures of the report: a colour a group, lines of means and bands of one standard deviation over seeds."""
 
 from collections.abc import Sequence
-from pathlib import Path
+
+from matplotlib.figure import Figure
 
 from em_kernels.one_shot.analysis.accuracies import DECODINGS
 from em_kernels.one_shot.analysis.drawing import begin_at_zero, colour, draw_absence, draw_band, draw_legend, new_axes
-from em_kernels.one_shot.analysis.groups import Group, band_of
+from em_kernels.one_shot.analysis.group_accuracies import accuracy_band
+from em_kernels.one_shot.analysis.groups import Group
 from em_kernels.one_shot.analysis.published import AUTHOR_LOSSES, AUTHOR_LOSSES_SOURCE
-from em_kernels.one_shot.runs.figures import label_steps, save_figure
+from em_kernels.one_shot.runs.figures import label_steps
 
 # What a panel shows: the name in metrics.jsonl, the title, the unit, and the factor to that unit.
 _PANELS = (
@@ -21,7 +23,7 @@ _PANELS = (
 _PUBLISHED_MODEL = "Qwen2.5-Math-7B"
 
 
-def draw_curves(target: Path, groups: Sequence[Group]) -> None:
+def draw_curves(groups: Sequence[Group]) -> Figure:
     """Draws loss, entropy and lengths by step; the author's losses too, where a group trained the same model."""
     figure, panels = new_axes(2, 3, width=4.0)
     for axes, (metric, title, unit, factor) in zip(panels, _PANELS, strict=True):
@@ -41,37 +43,34 @@ def draw_curves(target: Path, groups: Sequence[Group]) -> None:
         begin_at_zero(axes)
         label_steps(axes)
     draw_legend(figure, panels[0])
-    save_figure(figure, target)
+    return figure
 
 
-def draw_accuracy(target: Path, groups: Sequence[Group]) -> None:
+def draw_accuracy(groups: Sequence[Group]) -> Figure:
     """Draws the accuracy by step, with the deviation over seeds, or over problems where a group has one run."""
     figure, panels = new_axes(1, len(DECODINGS), sharey=True)
     for axes, decoding in zip(panels, DECODINGS, strict=True):
         for number, group in enumerate(groups):
-            measured = [accuracies for run in group.runs if (accuracies := run.accuracies(decoding))]
-            if not measured:
+            band, over_seeds = accuracy_band(group, decoding)
+            if not band.steps:
                 continue
-            band = band_of([{step: row["accuracy"] for step, row in rows.items()} for rows in measured])
-            one = len(measured) == 1
-            spread = [measured[0][step]["standard_error"] for step in band.steps] if one else band.deviation
             axes.errorbar(
                 # Bars at the same step would hide each other.
                 [step + 0.08 * number for step in band.steps],
                 [100 * value for value in band.mean],
-                [100 * value for value in spread],
+                [100 * value for value in band.deviation],
                 color=colour(number),
                 marker="o",
                 markersize=3.5,
                 capsize=2,
-                label=f"{group.title}, {'standard error over problems' if one else 'deviation over seeds'}",
+                label=f"{group.title}, {'deviation over seeds' if over_seeds else 'standard error over problems'}",
             )
         axes.set_title(f"accuracy, {decoding}", loc="left", fontsize=10)
         begin_at_zero(axes)
         label_steps(axes)
     panels[0].set_ylabel("%")
     draw_legend(figure, panels[0])
-    save_figure(figure, target)
+    return figure
 
 
 def _label(group: Group) -> str:

@@ -37,6 +37,11 @@ class Run:
     evaluations: Sequence[dict[str, Any]]
     finished: bool
 
+    @property
+    def made(self) -> dict[str, Any]:
+        """What made the run: "settings", "versions", "device" and "processes"."""
+        return {"settings": self.config, **self.surroundings}
+
     def values(self, metric: str) -> dict[int, float]:
         """A metric by step, without the steps at which it was not measured."""
         return {row["step"]: row[metric] for row in self.metrics if row.get(metric) is not None}
@@ -104,8 +109,12 @@ def group_runs(runs: Iterable[Run]) -> list[list[Run]]:
 
 
 def comparable(run: Run) -> dict[str, Any]:
-    """The settings that make runs comparable: all that change results, but for the seed."""
-    return {name: value for name, value in run.config.items() if name not in ("seed", *_WITHOUT_EFFECT)}
+    """The settings that make runs comparable: all that change results, but for the seed.
+
+    Each process draws completions of its own, so the number of processes is one of them.
+    """
+    settings = {name: value for name, value in run.config.items() if name not in ("seed", *_WITHOUT_EFFECT)}
+    return {**settings, "processes": run.surroundings.get("processes")}
 
 
 def differing(runs: Iterable[dict[str, Any]]) -> list[str]:

@@ -2,15 +2,17 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from em_kernels.one_shot.analysis.built_in import built_in_lines
 from em_kernels.one_shot.analysis.drawing import colour, new_axes
+from em_kernels.one_shot.analysis.settings import settings_lines
 from em_kernels.one_shot.analysis.tables import markdown_table
 from em_kernels.one_shot.data.selection import Candidate
-from em_kernels.one_shot.runs.figures import save_figure
 
 _SHOWN = 10
 _QUESTION = 60
@@ -18,12 +20,13 @@ _QUESTION = 60
 _SHARE = {"variance": "right completions", "agreement": "completions that agree with the majority"}
 
 
-def describe_selection(ranked: Sequence[Candidate], by: str) -> list[str]:
-    """The lines of a Markdown table of the first of the ranked problems, and of sentences on all.
+def describe_selection(ranked: Sequence[Candidate], by: str, config: Mapping[str, Any]) -> list[str]:
+    """The lines of a Markdown table of the first of the ranked problems, of sentences on all, and of the settings.
 
     Args:
         ranked: the problems, those with the largest variance first.
         by: "variance" of being right, or of "agreement" with the majority.
+        config: the settings that the completions were drawn by, and the versions, as `config.json` has them.
     """
     rows = [
         [candidate.task, str(candidate.problem), _short(candidate.question), *_numbers(candidate)]
@@ -43,10 +46,16 @@ def describe_selection(ranked: Sequence[Candidate], by: str) -> list[str]:
         f"p is the share of {_SHARE[by]} among {len(ranked[0].successes)}; the variance is that of one completion's "
         f"success, and its standard error stands after ±. It is above 0 for {varying} of {len(ranked)} problems. "
         f"Others that may vary as much as the first, by these errors: {len(as_good)}.",
+        *(line for note in built_in_lines([config]) for line in ("", note)),
+        "",
+        "## Settings",
+        "",
+        f"- by {by}",
+        *settings_lines({"": config}),
     ]
 
 
-def draw_selection(target: Path, ranked: Sequence[Candidate], by: str) -> None:
+def draw_selection(ranked: Sequence[Candidate], by: str) -> Figure:
     """Draws how many problems have which share of successes, and marks the share of the first one."""
     figure, [axes] = new_axes(1, 1, width=6.0, height=3.6)
     completions = len(ranked[0].successes)
@@ -64,7 +73,7 @@ def draw_selection(target: Path, ranked: Sequence[Candidate], by: str) -> None:
     axes.set_ylabel("problems")
     axes.set_title(f"{len(ranked)} problems", loc="left", fontsize=10)
     axes.legend(frameon=False, fontsize=9)
-    save_figure(figure, target)
+    return figure
 
 
 def _numbers(candidate: Candidate) -> list[str]:

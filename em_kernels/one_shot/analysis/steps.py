@@ -1,16 +1,17 @@
 """A run by step: loss, entropy, accuracy and lengths, where the accuracy was highest, and what to make of it."""
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from em_kernels.one_shot.analysis.accuracies import CHOSEN_ON, Course, courses, difference, difference_text, when
 from em_kernels.one_shot.analysis.drawing import begin_at_zero, colour, draw_absence, draw_legend, new_axes
+from em_kernels.one_shot.analysis.run_rows import run_rows
 from em_kernels.one_shot.analysis.runs import Run
 from em_kernels.one_shot.analysis.tables import markdown_table
-from em_kernels.one_shot.runs.figures import label_steps, save_figure
+from em_kernels.one_shot.runs.figures import label_steps
 from em_kernels.one_shot.stopping import AGREEMENT, first_stop
 
 # The rules that a run is held against besides its own.
@@ -41,7 +42,16 @@ def describe_steps(run: Run) -> list[str]:
     return [f"## {run.name}", "", *table, "", *_state(run), *_accuracy_lines(run), "", *_stop_table(run)]
 
 
-def draw_steps(target: Path, runs: Sequence[Run]) -> None:
+def step_rows(run: Run) -> Iterator[dict[str, Any]]:
+    """The same numbers, and those of the picture, for a script: a row is a line of JSON, and "what" names its kind."""
+    yield from run_rows(run)
+    for row in run.metrics:
+        yield {"what": "step", "run": run.name, "step": row["step"], **{name: row.get(name) for name, *_ in _COLUMNS}}
+    for rule, step in _stops(run).items() if run.metrics else ():
+        yield {"what": "stopping rule", "run": run.name, "rule": rule, "step": step}
+
+
+def draw_steps(runs: Sequence[Run]) -> Figure:
     """Draws loss and entropy, accuracy with its standard error, lengths and truncated share by step, a line a run."""
     figure, (losses, accuracy, lengths, shares) = new_axes(2, 2)
     for number, run in enumerate(runs):
@@ -78,7 +88,7 @@ def draw_steps(target: Path, runs: Sequence[Run]) -> None:
         begin_at_zero(axes)
         label_steps(axes)
     draw_legend(figure, losses, columns=3)
-    save_figure(figure, target)
+    return figure
 
 
 def _state(run: Run) -> list[str]:
@@ -113,14 +123,19 @@ def _stop_table(run: Run) -> list[str]:
         return []
     evaluated = courses(run)
     rows = []
-    for rule in dict.fromkeys((*run.config.get("stop_when", ()), *_RULES)):
-        step = first_stop(rule, run.metrics, run.evaluations)
+    for rule, step in _stops(run).items():
         chosen = "never" if step is None else str(step)
         if rule == AGREEMENT and not any("agreement" in row for row in run.evaluations):
             chosen = "not measured"
         rows.append([rule, chosen, *("" if step is None else _at(course, step) for course in evaluated)])
     header = ["stopping rule", "would have stopped after step", *(f"{course.decoding} there" for course in evaluated)]
     return markdown_table(header, rows)
+
+
+def _stops(run: Run) -> dict[str, int | None]:
+    """By rule, the step after which it would have ended the run; None where it never would."""
+    rules = dict.fromkeys((*run.config.get("stop_when", ()), *_RULES))
+    return {rule: first_stop(rule, run.metrics, run.evaluations) for rule in rules}
 
 
 def _at(course: Course, step: int) -> str:

@@ -6,10 +6,10 @@ The entropy of a token is that of the distribution, at temperature 1, that it wa
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from em_kernels import token_entropy
@@ -19,7 +19,6 @@ from em_kernels.one_shot.analysis.tables import markdown_table
 from em_kernels.one_shot.metrics import DECIDED
 from em_kernels.one_shot.policy import Policy
 from em_kernels.one_shot.policy.sampling import Sampling
-from em_kernels.one_shot.runs.figures import save_figure
 
 # The share of the tokens, those of the highest entropy, that is looked at (Wang et al. 2025, arXiv 2506.01939).
 TOP = 0.2
@@ -142,7 +141,7 @@ def describe(measured: Mapping[str, TokenEntropies]) -> list[str]:
     ]
 
 
-def draw(target: Path, measured: Mapping[str, TokenEntropies]) -> None:
+def draw(measured: Mapping[str, TokenEntropies]) -> Figure:
     """Draws how the entropy adds up over the tokens, and the shares of the tokens that are most often in the top."""
     figure, (curve, bars) = new_axes(1, 2, width=5.2, height=4.2)
     shown = frequent_in_top(next(iter(measured.values())))
@@ -174,7 +173,7 @@ def draw(target: Path, measured: Mapping[str, TokenEntropies]) -> None:
     )
     bars.set_xlabel("part of all entropy (%)")
     draw_legend(figure, curve, columns=2)
-    save_figure(figure, target)
+    return figure
 
 
 def _cells(of: TokenEntropies, text: str) -> list[str]:

@@ -1,9 +1,9 @@
 """The question and the accepted answers of a row, by the names that published problem sets give them."""
 
 import math
-import re
 from typing import Any
 
+from em_kernels.one_shot.answers.boxes import closed_boxes
 from em_kernels.one_shot.data.rows import Row
 from em_kernels.one_shot.errors import UsageError
 
@@ -85,18 +85,6 @@ def number_of(row: Row, names: tuple[str, ...]) -> float:
     return 0.0
 
 
-def last_boxed(text: str) -> str | None:
-    r"""What is in the last \boxed{} of a text whose braces are balanced, or None."""
-    for start in reversed([match.end() for match in re.finditer(r"\\(?:boxed|fbox)\s*\{", text)]):
-        depth = 1
-        for i in range(start, len(text)):
-            if text[i] in "{}" and text[i - 1] != "\\":
-                depth += 1 if text[i] == "{" else -1
-            if depth == 0:
-                return text[start:i].strip()
-    return None
-
-
 def _user_message(messages: list[Any], name: str, where: str) -> str:
     turns = [message for message in messages if isinstance(message, dict) and message.get("role") == "user"]
     if len(turns) != 1 or not isinstance(turns[0].get("content"), str):
@@ -130,4 +118,5 @@ def _marked(solution: str) -> str | None:
     """The answer that a worked solution marks, or None."""
     if "####" in solution:
         return solution.rpartition("####")[2].strip()
-    return last_boxed(solution)
+    boxes = closed_boxes(solution)
+    return boxes[-1].content if boxes else None

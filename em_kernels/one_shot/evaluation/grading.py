@@ -11,10 +11,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
+from em_kernels.one_shot.answers.final import boxed_answer
 from em_kernels.one_shot.data.problems import Problem
-from em_kernels.one_shot.evaluation.answers.final import boxed_answer
 
-_WORKER = Path(__file__).parent / "answers" / "worker.py"
+_WORKER = Path(__file__).parents[1] / "answers" / "worker.py"
 _MEMORY_BYTES = 4 * 2**30
 
 

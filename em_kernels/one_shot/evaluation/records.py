@@ -8,7 +8,7 @@ from pathlib import Path
 
 from em_kernels.one_shot.errors import UsageError
 from em_kernels.one_shot.evaluation.grading import Verdict
-from em_kernels.one_shot.runs.files import failing_as_os_error
+from em_kernels.one_shot.files import failing_as_os_error
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch.nn import functional
 from transformers import DynamicCache, GenerationMixin
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from em_kernels.one_shot.sharding import is_sharded
+from em_kernels.one_shot.policy.sharded import is_sharded
 
 
 def rows_can_change(model: Any) -> bool:

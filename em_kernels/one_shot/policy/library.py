@@ -16,8 +16,8 @@ from transformers import (
 
 from em_kernels.one_shot.policy.completion import Completion, Decoding, padded, seen_tokens
 from em_kernels.one_shot.policy.sampling import Sampling, draw
+from em_kernels.one_shot.policy.sharded import is_sharded
 from em_kernels.one_shot.policy.stops import Stops
-from em_kernels.one_shot.sharding import is_sharded
 
 
 def complete_by_generate(decoding: Decoding, batch: Sequence[Completion], tick: Callable[[int], Any]) -> None:

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from em_kernels.one_shot.errors import UsageError
+from em_kernels.one_shot.files import failing_as_os_error, whole_or_absent
 from em_kernels.one_shot.policy import adapter
-from em_kernels.one_shot.runs.files import failing_as_os_error, whole_or_absent
 
 BUILT_IN = "SmolLM2-135M-Instruct"
 # The package ships the model as one GGUF file. Only the file is read; the package itself is never imported.

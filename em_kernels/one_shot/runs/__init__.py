@@ -1,1 +1,1 @@
-"""What a run leaves: `folder` (its files), `files` (whole or absent), `pictures` (what a person looks at)."""
+"""What a run leaves: `folder` (its files), `pictures` (what a person looks at)."""

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from em_kernels.one_shot.runs.files import whole_or_absent
+from em_kernels.one_shot.files import whole_or_absent
 
 
 def label_steps(axes: Axes) -> None:

@@ -29,9 +29,9 @@ from torch import Tensor
 from em_kernels.one_shot.config import TrainConfig
 from em_kernels.one_shot.errors import UsageError
 from em_kernels.one_shot.evaluation.records import Record
+from em_kernels.one_shot.files import is_unfinished, remove_unfinished, unfinished, write_text
 from em_kernels.one_shot.json_lines import json_line
 from em_kernels.one_shot.policy.model import save_model
-from em_kernels.one_shot.runs.files import is_unfinished, remove_unfinished, unfinished, write_text
 from em_kernels.one_shot.runs.lock import is_lock, locked
 from em_kernels.one_shot.stopping import stopped_by
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TextIO
 
 from em_kernels.one_shot.errors import UsageError
-from em_kernels.one_shot.runs.files import failing_as_os_error
+from em_kernels.one_shot.files import failing_as_os_error
 
 _NAME = ".lock"
 

@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from em_kernels.one_shot.evaluation.evaluation import Completion
+from em_kernels.one_shot.files import write_text
 from em_kernels.one_shot.metrics import DECIDED
-from em_kernels.one_shot.runs.figures import label_steps, save_figure
-from em_kernels.one_shot.runs.files import write_text
+from em_kernels.one_shot.runs.figures import label_steps
 
 _COLUMNS, _ROWS = 74, 15
 _COLOURS = matplotlib.colormaps["YlOrRd"]
@@ -37,18 +37,16 @@ def write_completions(target: Path, before: Sequence[Completion], after: Sequenc
 
 
 def draw_report(
-    target: Path,
     metrics: Sequence[dict[str, Any]],
     before: Sequence[Completion],
     after: Sequence[Completion],
     *,
     temperature: float,
     accuracies: tuple[str, str],
-) -> None:
-    """Draws a PNG: on the left the loss by step, on the right completions before and after, coloured by entropy.
+) -> Figure:
+    """Draws on the left the loss by step, on the right completions before and after, coloured by entropy.
 
     Args:
-        target: the file.
         metrics: the lines of metrics.jsonl.
         before, after: completions of training prompts before and after training.
         temperature: the temperature of the loss.
@@ -64,7 +62,7 @@ def draw_report(
     bar = figure.colorbar(scale, ax=[axes["before"], axes["after"]], extend="max", fraction=0.03, pad=0.02)
     bar.set_label("entropy of the token at temperature 1 (nats)")
     bar.outline.set_visible(False)
-    save_figure(figure, target)
+    return figure
 
 
 def _draw_metrics(loss_axes: Axes, share_axes: Axes, metrics: Sequence[dict[str, Any]], temperature: float) -> None:

@@ -2,16 +2,16 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from em_kernels.one_shot.analysis.drawing import draw_absence, draw_band, new_axes
 from em_kernels.one_shot.evaluation.statistics import Estimate
-from em_kernels.one_shot.runs.figures import label_steps, save_figure
+from em_kernels.one_shot.runs.figures import label_steps
 from em_kernels.one_shot.sweeps.grid import label
 from em_kernels.one_shot.sweeps.results import Group
 
@@ -23,8 +23,8 @@ _MOST_NAMES = 12
 _PALE = 0.35
 
 
-def draw_curves(target: Path, groups: Sequence[Group]) -> None:
-    """Draws a PNG; a group without a finished run is left out."""
+def draw_curves(groups: Sequence[Group]) -> Figure:
+    """Draws the loss and the accuracy; a group without a finished run is left out."""
     groups = [group for group in groups if group.finished]
     figure, (loss_axes, accuracy_axes) = new_axes(1, 2, width=6.5, height=5)
     loss_axes.set_title("Loss: mean over seeds ± standard error", loc="left", fontsize=11)
@@ -42,7 +42,7 @@ def draw_curves(target: Path, groups: Sequence[Group]) -> None:
         axes.set_ylim(bottom=-0.02 * axes.get_ylim()[1])
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, fontsize=9)
-    save_figure(figure, target)
+    return figure
 
 
 def _draw_losses(axes: Axes, groups: Sequence[Group]) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from em_kernels.one_shot.config import TrainConfig
 from em_kernels.one_shot.errors import UsageError
-from em_kernels.one_shot.runs.files import write_text
+from em_kernels.one_shot.files import write_text
 from em_kernels.one_shot.runs.folder import RunFolder
 from em_kernels.one_shot.runs.lock import is_lock
 from em_kernels.one_shot.runs.surroundings import surroundings

@@ -20,6 +20,7 @@ class Result:
         metrics: the lines of metrics.jsonl.
         accuracies: for each decoding the accuracy after each step it was measured after; step 0 is before training.
         problems: the number of problems the accuracies are on.
+        made: the settings, versions and device that the run's config.json names; empty of a run that has not begun.
     """
 
     run: Run
@@ -27,6 +28,7 @@ class Result:
     metrics: Sequence[dict[str, Any]]
     accuracies: dict[str, dict[int, float]]
     problems: int
+    made: dict[str, Any]
 
     def to_row(self) -> dict[str, Any]:
         """The line of table.jsonl."""
@@ -89,12 +91,15 @@ def read_result(run: Run, *, failed: bool) -> Result:
     try:
         metrics, evaluations = run.folder.read_metrics(), run.folder.read_evaluations()
         state = "finished" if run.finished else "failed" if failed else "unfinished"
-    except ValueError as error:
+        made = json.loads(run.folder.config.read_text(encoding="utf-8")) if run.folder.config.exists() else {}
+        made = {"settings": made.pop("config"), **made} if made else {}
+    except (KeyError, ValueError) as error:
         raise UsageError(f"run folder {run.folder.path} has a damaged file ({error})") from None
     accuracies: dict[str, dict[int, float]] = {}
     for line in evaluations:
         accuracies.setdefault(line["decoding"], {})[line["step"]] = line["accuracy"]
-    return Result(run, state, metrics, accuracies, max((line["problems"] for line in evaluations), default=0))
+    problems = max((line["problems"] for line in evaluations), default=0)
+    return Result(run, state, metrics, accuracies, problems, made)
 
 
 def group_by_settings(results: Collection[Result]) -> list[Group]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from em_kernels.one_shot.runs.figures import save_figure
 from em_kernels.one_shot.runs.lock import locked
 from em_kernels.one_shot.sweeps.curves import draw_curves
 from em_kernels.one_shot.sweeps.folder import ConfigOf, Run, SweepFolder
@@ -88,7 +89,7 @@ def _write_results(folder: SweepFolder, runs: Sequence[Run], failed: Sequence[Ou
     results = [read_result(run, failed=run.name in names) for run in runs]
     groups = group_by_settings(results)
     print(f"\n{write_table(folder, results, groups)}")
-    draw_curves(folder.picture, groups)
+    save_figure(draw_curves(groups), folder.picture)
     print(f"Table:   {folder.table}\nRuns:    {folder.rows}\nPicture: {folder.picture}")
 
 

@@ -4,11 +4,12 @@ import math
 from collections.abc import Sequence
 
 from em_kernels.one_shot.analysis.accuracies import CHOSEN_ON, DECODINGS
-from em_kernels.one_shot.analysis.report import BUILT_IN_NOTE
+from em_kernels.one_shot.analysis.built_in import built_in_lines
+from em_kernels.one_shot.analysis.settings import settings_lines
 from em_kernels.one_shot.analysis.tables import markdown_table
 from em_kernels.one_shot.evaluation.statistics import Estimate
+from em_kernels.one_shot.files import write_text
 from em_kernels.one_shot.json_lines import json_line
-from em_kernels.one_shot.runs.files import write_text
 from em_kernels.one_shot.sweeps.folder import SweepFolder
 from em_kernels.one_shot.sweeps.grid import label
 from em_kernels.one_shot.sweeps.results import Group, Result
@@ -21,7 +22,8 @@ def write_table(folder: SweepFolder, results: Sequence[Result], groups: Sequence
     head = [*groups[0].settings, "runs", "failed", "loss", "entropy"]
     head += [f"{decoding} {when}" for decoding in decodings for when in ("before", "after", "best (step)")]
     table = markdown_table(head, [_row(group, decodings) for group in groups], texts=len(groups[0].settings))
-    text = "\n\n".join(["\n".join(table), *_notes(results)]) + "\n"
+    settings = settings_lines({result.run.name: result.made for result in results if result.made})
+    text = "\n\n".join(["\n".join(table), *_notes(results), "## Settings", "\n".join(settings)]) + "\n"
     write_text(folder.table, text)
     return text
 
@@ -55,9 +57,7 @@ def _notes(results: Sequence[Result]) -> list[str]:
             f"Accuracies are on {problems} problems, greedy and sampled at temperature 1. The error that comes from "
             f"these being few is not in the standard error over seeds. {CHOSEN_ON}"
         )
-    if any(result.run.config.model is None for result in results):
-        notes.append(BUILT_IN_NOTE)
-    return notes
+    return [*notes, *built_in_lines({"settings": {"model": result.run.config.model}} for result in results)]
 
 
 def _nats(estimate: Estimate) -> str:

@@ -45,6 +45,7 @@ def write_run(
     verdicts: dict[int, Sequence[bool]] | None = None,
     finished: bool = True,
     versions: dict[str, str] | None = None,
+    processes: int = 1,
     rows: Sequence[dict[str, Any]] | None = None,
     **settings: Any,
 ) -> Path:
@@ -56,6 +57,7 @@ def write_run(
         verdicts: for each evaluated step whether each problem was answered right, greedily and sampled alike.
         finished: whether the run has left a model.
         versions: the versions in config.json.
+        processes: the number of processes in config.json.
         rows: the lines of metrics.jsonl; by default one for each step.
         settings: settings of TrainConfig.
     """
@@ -65,7 +67,7 @@ def write_run(
         "config": dataclasses.asdict(config),
         "versions": versions or {"torch": "2.9"},
         "device": "cpu",
-        "processes": 1,
+        "processes": processes,
     }
     (folder / "config.json").write_text(json.dumps(values), encoding="utf-8")
     write_lines(folder / "metrics.jsonl", [metrics_row(step) for step in range(1, steps + 1)] if rows is None else rows)

@@ -6,12 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from drawn import error_bars
 from matplotlib import image
-from run_folders import record
+from run_folders import record, write_run
 
 from em_kernels.cli import main
-from em_kernels.one_shot.analysis.calibration import measure_logprobs, measure_votes
+from em_kernels.one_shot.analysis.calibration import Bin, Logprobs, Votes, measure_logprobs, measure_votes
+from em_kernels.one_shot.analysis.calibration_page import Calibration, draw_calibration
 from em_kernels.one_shot.evaluation.records import Record, append_records
+from em_kernels.one_shot.evaluation.statistics import Estimate
 
 
 def _different(answer: str, other: str) -> bool:
@@ -116,9 +119,35 @@ def test_the_command_tells_models_and_files_apart(tmp_path: Path, capsys: pytest
     assert (rows[2]["votes"], rows[2]["logprobs"]) == (None, None)
     text = (output / "calibration.md").read_text()
     assert text in capsys.readouterr().out
+    assert f"- {first}: not known, as no config.json lies beside it" in text
     assert "No votes" in text
     assert "No log-probabilities" in text
-    assert np.ptp(image.imread(output / "calibration.png")[..., :3]) > 0.5
+    assert image.imread(output / "calibration.png").ndim == 3
+
+
+def test_the_picture_has_the_bins_of_each_cell() -> None:
+    accuracy = Estimate(0.25, 0.125)
+    votes = Votes([Bin(3, 0.5, accuracy), Bin(1, 0.75, Estimate(1.0, math.nan))], 0, 0.5, accuracy, 0.1)
+    by_votes, by_logprob = draw_calibration(
+        {"a": Calibration(votes, None), "b": Calibration(None, Logprobs([Bin(2, -0.5, accuracy)], 0.5, 0.5))}
+    ).axes
+    assert error_bars(by_votes) == [("a", [(50, 25, 12.5), (75, 100, 0)])]
+    assert error_bars(by_logprob) == [("b", [(-0.5, 25, 12.5)])]
+
+
+def test_the_settings_of_each_file_are_named(tmp_path: Path) -> None:
+    """Those of evaluate lie beside the completions, and those of train beside the evaluations."""
+    run = write_run(tmp_path / "run", verdicts={0: [True, False]}, versions={"torch": "2.13"}, seed=4)
+    drawn = tmp_path / "drawn"
+    drawn.mkdir()
+    settings = {"settings": {"models": {"m": "a/b"}, "seed": 5}, "versions": {"torch": "2.9"}, "device": "cpu"}
+    (drawn / "config.json").write_text(json.dumps(settings))
+    files = [run / "evaluations" / "step-0.jsonl", _write(drawn / "completions.jsonl", [record(0, verdict=True)])]
+    assert main(["analyze", "calibration", *map(str, files), "--output", str(tmp_path / "output")]) == 0
+    text = (tmp_path / "output" / "calibration.md").read_text()
+    assert f"- seed differs: 4 in {files[0]}; 5 in {files[1]}" in text
+    assert f"- torch differs: 2.13 in {files[0]}; 2.9 in {files[1]}" in text
+    assert "not known" not in text
 
 
 @pytest.mark.parametrize(

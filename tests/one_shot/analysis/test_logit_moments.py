@@ -3,18 +3,22 @@ import os
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from matplotlib import image
+from run_folders import write_run
 
 from em_kernels.cli import main
+from em_kernels.one_shot import progress
 from em_kernels.one_shot.analysis import generated
+from em_kernels.one_shot.analysis.built_in import BUILT_IN_NOTE
 from em_kernels.one_shot.analysis.generated import score_own_completions
-from em_kernels.one_shot.analysis.logits import measure
+from em_kernels.one_shot.analysis.logits import LogitMoments, draw, measure
+from em_kernels.one_shot.analysis.moments import Moments
 from em_kernels.one_shot.policy import Policy
 from em_kernels.one_shot.policy.chat import ChatFormat
 from em_kernels.one_shot.policy.sampling import Sampling, derive_seed
+from em_kernels.one_shot.runs.lock import locked
 
 _PROMPTS = ["1+1?", "a longer one", "x"]
 
@@ -60,15 +64,26 @@ def test_the_command_compares_models(tiny_folder: Path, tmp_path: Path, capsys: 
     assert (first["model"], second["model"]) == (tiny_folder.name, f"{tiny_folder.name}-2")
     assert first["skewness"] == second["skewness"]
     assert first["values"] == 257 * first["positions"]
-    settings = json.loads((output / "config.json").read_text())
-    assert settings["prompts"] == f"2 of {prompts}"
-    assert settings["models"][second["model"]] == str(other)
-    assert "torch" in settings["versions"]
+    config = json.loads((output / "config.json").read_text())
+    assert config["settings"]["prompts"].startswith(f"2 of {prompts}, SHA-256 ")
+    assert config["settings"]["models"][second["model"]] == str(other)
+    assert "torch" in config["versions"]
     text = (output / "logits.md").read_text()
     assert text in capsys.readouterr().out
     assert f"{first['skewness']:.3f}" in text
     assert "scores that are left after top-k" in text
-    assert np.ptp(image.imread(output / "logits.png")[..., :3]) > 0.5
+    assert f"- model {second['model']}: {other}" in text
+    assert "max_new_tokens 4, seed 0, dtype float32, " in text
+    assert image.imread(output / "logits.png").ndim == 3
+
+
+def test_the_picture_is_a_density() -> None:
+    moments = Moments()
+    moments.add(torch.tensor([0.0, 0.0, 0.0, 5.0]))
+    [axes] = draw({"m": LogitMoments(4, moments)}).axes
+    assert [(bar.get_x(), bar.get_height() * bar.get_width()) for bar in axes.patches] == [(0, 0.75), (5, 0.25)]
+    assert axes.lines[0].get_xdata()[0] == 1.25
+    assert axes.texts[0].get_text().startswith("mean 1.25\ndeviation 2.17\n")
 
 
 @pytest.mark.parametrize("kind", ["logits", "tokens"])
@@ -89,6 +104,47 @@ def test_what_was_measured_is_not_measured_again(kind: str, tiny_folder: Path, t
     assert main(command) == 2
     os.utime(model / "model.safetensors", ns=(0, 0))
     assert main([*command, "--resume"]) == 2
+
+
+def test_each_analysis_has_a_new_folder_and_overwrites_none(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ["analyze", "logits", str(tiny_folder), "--prompt", "2+2?", "--max-new-tokens", "4"]
+    assert main(command) == 0
+    assert main([*command, "--dtype", "bfloat16"]) == 0
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["logits", "logits-2"]
+    whole, half = (json.loads(Path("runs", name, "logits.jsonl").read_text()) for name in ("logits", "logits-2"))
+    assert whole["deviation"] != half["deviation"] == pytest.approx(whole["deviation"], rel=0.05)
+    capsys.readouterr()
+    assert main([*command, "--output", "runs/logits"]) == 2
+    assert "runs/logits is not empty (it holds logits of tiny" in capsys.readouterr().err
+    assert main(["analyze", "tokens", *command[2:], "--output", "runs/logits", "--resume"]) == 2
+    assert "made by other settings: analysis: 'logits', not 'tokens'" in capsys.readouterr().err
+    with locked(Path("runs/logits")):
+        assert main([*command, "--output", "runs/logits", "--resume"]) == 2
+    assert "runs/logits is in use by process" in capsys.readouterr().err
+
+
+def test_what_was_trained_from_the_built_in_model_has_its_note(tiny_folder: Path, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", finished=False)
+    (run / "checkpoint").symlink_to(tiny_folder)
+    for model, said in ((run, True), (tiny_folder, False)):
+        output = tmp_path / f"of {model.name}"
+        command = ["analyze", "logits", str(model), "--prompt", "2+2?", "--max-new-tokens", "4"]
+        assert main([*command, "--output", str(output)]) == 0
+        assert (BUILT_IN_NOTE in (output / "logits.md").read_text()) is said
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_quiet_leaves_the_progress_out(
+    quiet: bool, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr(progress, "_quiet", False)
+    command = ["analyze", "tokens", str(tiny_folder), "--prompt", "2+2?", "--max-new-tokens", "4"]
+    assert main([*command, "--output", str(tmp_path / "out"), *(["--quiet"] if quiet else [])]) == 0
+    assert ("prompts 1 to 1 of 1" in capsys.readouterr().err) is not quiet
 
 
 @pytest.mark.parametrize(
@@ -112,6 +168,13 @@ def test_bad_input_is_one_line(
     assert error.startswith(f"em-kernels analyze: error: {message}")
     assert error.count("\n") == 1
     assert not output.exists()
+
+
+def test_a_mistake_in_a_later_model_is_seen_before_the_first_is_measured(tiny_folder: Path, tmp_path: Path) -> None:
+    models = [str(tiny_folder), str(tmp_path / "none")]
+    command = ["analyze", "logits", *models, "--prompt", "2+2?", "--max-new-tokens", "4"]
+    assert main([*command, "--output", str(tmp_path / "output")]) == 2
+    assert not (tmp_path / "output").exists()
 
 
 def test_a_model_that_is_not_there_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

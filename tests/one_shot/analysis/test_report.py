@@ -1,16 +1,21 @@
+import json
 import math
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
+from drawn import bands, error_bars, lines
 from matplotlib import image
 from run_folders import metrics_row, write_run
 
 from em_kernels.cli import main
-from em_kernels.one_shot.analysis.accuracies import BUILT_IN_NOTE
-from em_kernels.one_shot.analysis.groups import band_of, named_groups
+from em_kernels.one_shot.analysis.built_in import BUILT_IN_NOTE
+from em_kernels.one_shot.analysis.groups import Group, band_of, named_groups
 from em_kernels.one_shot.analysis.report import write_page
+from em_kernels.one_shot.analysis.report_pictures import draw_accuracy, draw_curves
+from em_kernels.one_shot.analysis.report_rows import report_rows
 from em_kernels.one_shot.analysis.runs import read_run
+from em_kernels.one_shot.json_lines import json_line
 
 _WORSE, _BETTER = [True] * 2 + [False] * 10, [True] * 8 + [False] * 4
 
@@ -75,8 +80,9 @@ def test_unlike_versions_unfinished_and_unmeasured_runs_are_said(tmp_path: Path)
     cut = write_run(tmp_path / "cut", finished=False, rows=[metrics_row(1)], versions={"torch": "2.13"})
     empty = write_run(tmp_path / "empty", finished=False, rows=[], seed=7)
     page = _page(whole, cut, empty)
-    assert "Versions that are not the same in all runs" in page
-    assert _cells(page, "torch")[0] == ["torch", "2.9", "2.13", "2.9"]
+    assert "- torch differs: 2.9 in whole and empty; 2.13 in cut" in page
+    assert "- seed differs: 0 in whole and cut; 7 in empty" in page
+    assert ", temperature 0.5," in page
     assert "1 of 4 steps, unfinished" in page
     stopped = write_run(tmp_path / "stopped", rows=[metrics_row(1)], stop_when=("loss<0.5",))
     assert "1 of 4 steps, ended by a rule" in _page(stopped)
@@ -105,12 +111,103 @@ def test_the_command_writes_the_page_and_its_pictures(tmp_path: Path) -> None:
     output = tmp_path / "report"
     assert main(["report", *map(str, runs), "--output", str(output)]) == 0
     page = (output / "report.md").read_text()
-    assert sorted(path.name for path in output.iterdir()) == ["accuracy.png", "curves.png", "report.md"]
+    names = ["accuracy.png", "curves.png", "report.jsonl", "report.md"]
+    assert sorted(path.name for path in output.iterdir()) == names
     for name in ("curves.png", "accuracy.png"):
         assert f"({name})" in page
-        assert np.ptp(image.imread(output / name)[..., :3]) > 0.5
+        assert image.imread(output / name).ndim == 3
+
+
+def _groups(tmp_path: Path) -> list[Group]:
+    """Two seeds whose losses are 1 and 3 times 0.4, 0.2, ..., and one run of another temperature."""
+    rows = [[metrics_row(step, loss=factor * 0.4 / step) for step in (1, 2)] for factor in (1, 3)]
+    verdicts = [{0: _WORSE, 2: _BETTER}, {0: _WORSE, 2: _WORSE}]
+    folders = [
+        write_run(tmp_path / f"one{i}", seed=i, rows=rows[i], verdicts=verdicts[i], model="Qwen2.5-Math-7B")
+        for i in range(2)
+    ]
+    folders.append(write_run(tmp_path / "other", temperature=0.9, rows=rows[1], verdicts=verdicts[0], model="m"))
+    return named_groups(read_run(folder) for folder in folders)
+
+
+def test_curves_are_means_with_bands_of_the_deviation_over_seeds(tmp_path: Path) -> None:
+    groups = _groups(tmp_path)
+    losses, _, decided, _, lengths, truncated = draw_curves(groups).axes
+    first, second, published = lines(losses).items()
+    assert first == (f"{groups[0].title}, 2 seeds", [(1, pytest.approx(0.8)), (2, pytest.approx(0.4))])
+    assert second == (f"{groups[1].title}, 1 run", [(1, pytest.approx(1.2)), (2, pytest.approx(0.6))])
+    assert published[0].startswith("published: Qwen2.5-Math-7B")
+    assert published[1][:2] == [(1, 0.026733), (2, 0.04248)]
+    # Two values have a deviation of their distance over the root of 2.
+    spread = 0.8 / math.sqrt(2)
+    assert bands(losses)[0] == [
+        (1, pytest.approx(0.8 - spread), pytest.approx(0.8 + spread)),
+        (2, pytest.approx(0.4 - spread / 2), pytest.approx(0.4 + spread / 2)),
+    ]
+    assert [axes.get_ylabel() for axes in (losses, decided, lengths)] == ["nats per token", "%", "tokens"]
+    assert lines(decided)[first[0]] == [(1, 10), (2, 20)]
+    assert lines(lengths)[first[0]] == [(1, 51), (2, 52)]
+    assert lines(truncated)[first[0]] == [(1, 25), (2, 25)]
+
+
+def test_accuracies_have_the_deviation_over_seeds_or_the_error_over_problems(tmp_path: Path) -> None:
+    groups = _groups(tmp_path)
+    figure = draw_accuracy(groups)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["accuracy, greedy", "accuracy, sampled"]
+    error = 100 * math.sqrt(2 / 12 * 10 / 12 / 11), 100 * math.sqrt(8 / 12 * 4 / 12 / 11)
+    deviation = 100 * (8 - 2) / 12 / math.sqrt(2)
+    for axes in figure.axes:
+        assert error_bars(axes) == [
+            (
+                f"{groups[0].title}, deviation over seeds",
+                [(0, pytest.approx(100 / 6), 0), (2, pytest.approx(500 / 12), pytest.approx(deviation))],
+            ),
+            (
+                f"{groups[1].title}, standard error over problems",
+                [
+                    (0.08, pytest.approx(100 / 6), pytest.approx(error[0])),
+                    (2.08, pytest.approx(800 / 12), pytest.approx(error[1])),
+                ],
+            ),
+        ]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [label for label, _ in error_bars(axes)]
+
+
+def test_every_number_of_the_page_is_in_a_row(tmp_path: Path) -> None:
+    verdicts = {0: _WORSE, 2: _BETTER, 4: _WORSE}
+    folders = [write_run(tmp_path / f"one{i}", seed=i, verdicts=verdicts) for i in range(2)]
+    folders.append(write_run(tmp_path / "other", temperature=0.9, verdicts={0: _WORSE, 4: _BETTER}))
+    groups = named_groups(read_run(folder) for folder in folders)
+    rows = [json.loads(json_line(row)) for row in report_rows(groups)]
+
+    def one(**wanted: Any) -> dict[str, Any]:
+        (found,) = [row for row in rows if wanted.items() <= row.items()]
+        return found
+
+    run = one(what="run", run="one1")
+    assert (run["group"], run["settings"]["seed"], run["versions"], run["processes"]) == ("A", 1, {"torch": "2.9"}, 1)
+    accuracy = one(what="accuracy", run="one0", decoding="greedy", step=2)
+    assert (accuracy["problems"], accuracy["best"], accuracy["last"]) == (12, True, False)
+    assert accuracy["accuracy"] == pytest.approx(8 / 12)
+    # Six of twelve problems changed from wrong to right: their variance is 12/11 of 1/4.
+    change = one(what="change of accuracy", run="one0", decoding="sampled", **{"from": 0, "to": 2})
+    assert (change["change"], change["standard_error"]) == pytest.approx((0.5, math.sqrt(0.25 / 11)))
+    assert one(what="completions", run="one0", decoding="greedy", step=4)["length_mean"] == 6
+    loss = one(what="curve", group="A", metric="loss", step=3)
+    assert (loss["mean"], loss["deviation"]) == (pytest.approx(0.4 / 3), pytest.approx(0))
+    assert one(what="curve", group="B", metric="loss", step=3)["deviation"] is None
+    course = one(what="curve", group="B", metric="accuracy, greedy", step=0)
+    assert (course["mean"], course["deviation_over"]) == (pytest.approx(2 / 12), "problems")
+    assert course["deviation"] == pytest.approx(math.sqrt(2 / 12 * 10 / 12 / 11))
+    means = one(what="means over seeds", group="A", decoding="greedy")
+    assert (means["runs"], means["accuracy"]["best"]["mean"]) == (2, pytest.approx(8 / 12))
+    assert (means["change"]["last"]["mean"], means["change"]["last"]["standard_error"]) == (0, 0)
+    between = one(what="difference of groups", decoding="greedy", group="B", less="A")
+    assert between["change"] == pytest.approx(0.5)
+    assert one(what="published loss", step=1)["loss"] == 0.026733
+    assert one(what="published accuracies", model="Qwen2.5-Math-7B")["percent"]["math500"] == 53.0
 
 
 def test_runs_that_were_not_evaluated_have_no_picture_of_it(tmp_path: Path) -> None:
     assert main(["report", str(write_run(tmp_path / "run")), "--output", str(tmp_path / "report")]) == 0
-    assert sorted(path.name for path in (tmp_path / "report").iterdir()) == ["curves.png", "report.md"]
+    assert sorted(path.name for path in (tmp_path / "report").iterdir()) == ["curves.png", "report.jsonl", "report.md"]

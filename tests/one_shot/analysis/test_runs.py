@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 from run_folders import metrics_row, write_lines, write_run
 
+from em_kernels.one_shot.analysis.groups import named_groups
 from em_kernels.one_shot.analysis.runs import differing, group_runs, read_run, read_runs
 from em_kernels.one_shot.errors import UsageError
 
@@ -38,6 +39,12 @@ def test_runs_that_differ_in_the_seed_are_a_group(tmp_path: Path) -> None:
     runs = [read_run(write_run(tmp_path / f"{i}", **values)) for i, values in enumerate(settings)]
     assert [[run.name for run in group] for group in group_runs(runs)] == [["0", "2", "3"], ["1"]]
     assert differing([run.config for run in runs[:2]]) == ["temperature"]
+
+
+def test_runs_of_other_numbers_of_processes_are_no_seeds_of_each_other(tmp_path: Path) -> None:
+    runs = [read_run(write_run(tmp_path / f"{i}", seed=i, processes=1 + i // 2)) for i in range(4)]
+    assert [[run.name for run in group] for group in group_runs(runs)] == [["0", "1"], ["2", "3"]]
+    assert [group.title for group in named_groups(runs)] == ["A: processes 1", "B: processes 2"]
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,15 @@
+import json
 from pathlib import Path
 
-import numpy as np
 import pytest
+from drawn import error_bars, lines
 from matplotlib import image
 from run_folders import metrics_row, write_run
 
 from em_kernels.cli import main
-from em_kernels.one_shot.analysis.accuracies import BUILT_IN_NOTE
+from em_kernels.one_shot.analysis.built_in import BUILT_IN_NOTE
 from em_kernels.one_shot.analysis.runs import read_run
-from em_kernels.one_shot.analysis.steps import describe_steps
+from em_kernels.one_shot.analysis.steps import describe_steps, draw_steps
 
 _RIGHT = {0: [False] * 8, 2: [True] * 6 + [False] * 2, 4: [True] * 4 + [False] * 4}
 
@@ -67,9 +68,53 @@ def test_the_command_writes_a_table_and_a_picture(tmp_path: Path, capsys: pytest
     text = (output / "steps.md").read_text()
     assert text in capsys.readouterr().out
     assert BUILT_IN_NOTE in text
-    picture = image.imread(output / "steps.png")
-    assert np.ptp(picture[..., :3]) > 0.5
-    assert sorted(path.name for path in output.iterdir()) == ["steps.md", "steps.png"]
+    assert image.imread(output / "steps.png").ndim == 3
+    assert sorted(path.name for path in output.iterdir()) == ["steps.jsonl", "steps.md", "steps.png"]
+
+
+def test_settings_and_numbers_are_kept_for_readers_and_scripts(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / f"{seed}", seed=seed, verdicts=_RIGHT, stop_when=("loss<0.15",)) for seed in range(2)]
+    output = tmp_path / "output"
+    assert main(["analyze", "steps", *map(str, runs), "--output", str(output)]) == 0
+    text = (output / "steps.md").read_text()
+    assert "- seed differs: 0 in 0; 1 in 1" in text
+    assert "- torch 2.9, device cpu" in text
+    assert ", temperature 0.5," in text
+    rows = [json.loads(line) for line in (output / "steps.jsonl").read_text().splitlines()]
+    own = [row for row in rows if row["run"] == "1"]
+    assert len(rows) == 2 * len(own)
+    assert own[0]["settings"]["seed"] == 1
+    steps = [row for row in own if row["what"] == "step"]
+    assert [row["loss"] for row in steps] == [0.4 / step for step in (1, 2, 3, 4)]
+    assert {row["length_max"] for row in steps} == {64}
+    accuracies = [row for row in own if row["what"] == "accuracy" and row["decoding"] == "sampled"]
+    assert [(row["step"], row["accuracy"], row["best"]) for row in accuracies] == [
+        (0, 0, False),
+        (2, 0.75, True),
+        (4, 0.5, False),
+    ]
+    assert {row["rule"]: row["step"] for row in own if row["what"] == "stopping rule"} == {
+        "loss<0.15": 3,
+        "decided>0.5": None,
+        "decided>0.9": None,
+        "loss<0.1": None,
+        "loss<0.03": None,
+        "agreement-falls": None,
+    }
+
+
+def test_the_picture_has_a_line_a_run(tmp_path: Path) -> None:
+    runs = [read_run(write_run(tmp_path / name, verdicts=_RIGHT, steps=2 + i)) for i, name in enumerate("ab")]
+    losses, accuracy, lengths, shares = draw_steps(runs).axes
+    assert lines(losses) == {"a": [(1, 0.4), (2, 0.2)], "b": [(1, 0.4), (2, 0.2), (3, 0.4 / 3)]}
+    entropies = [line.get_ydata() for line in losses.lines if line.get_linestyle() == ":"]
+    assert [list(values) for values in entropies] == [[0.8, 0.4], [0.8, 0.4, 0.8 / 3]]
+    # A run's own bars stand beside those of the others: greedy and sampled ones of a, then those of b.
+    greedy, _, beside, _ = (bars for _, bars in error_bars(accuracy))
+    assert greedy == [(0, 0, 0), (2, 75, pytest.approx(16.366, abs=1e-3)), (4, 50, pytest.approx(18.898, abs=1e-3))]
+    assert [x for x, *_ in beside] == [0.06, 2.06, 4.06]
+    assert list(lengths.lines[0].get_ydata()) == [51, 52]
+    assert [list(line.get_ydata()) for line in shares.lines[:2]] == [[25, 25], [10, 20]]
 
 
 def test_a_folder_that_is_no_run_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,13 +1,13 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from drawn import lines
 from matplotlib import image
 
 from em_kernels.cli import main
-from em_kernels.one_shot.analysis.tokens import TokenEntropies, describe, figures, frequent_in_top, measure
+from em_kernels.one_shot.analysis.tokens import TokenEntropies, describe, draw, figures, frequent_in_top, measure
 from em_kernels.one_shot.policy import Policy
 from em_kernels.one_shot.policy.sampling import Sampling
 
@@ -61,4 +61,14 @@ def test_the_command_writes_rows_a_table_and_a_picture(tiny_folder: Path, tmp_pa
     assert row["tokens"] > 8
     assert 0.2 < row["share_of_top"] < 1
     assert (tmp_path / "tokens.md").is_file()
-    assert np.ptp(image.imread(tmp_path / "tokens.png")[..., :3]) > 0.5
+    assert image.imread(tmp_path / "tokens.png").ndim == 3
+
+
+def test_the_picture_has_how_the_entropy_adds_up_and_the_shares_of_tokens() -> None:
+    curve, bars = draw({"base": _MEASURED}).axes
+    # In falling order: 3, 2, 1, 1, 0.5, 0.5 and four times 0, of 8 nats.
+    at, shares = zip(*lines(curve)["base"], strict=True)
+    assert at == pytest.approx([10 * i for i in range(11)])
+    assert shares == pytest.approx([100 * total / 8 for total in (0, 3, 5, 6, 7, 7.5, 8, 8, 8, 8, 8)])
+    assert [bar.get_width() for bar in bars.patches] == [62.5]
+    assert [label.get_text() for label in bars.get_yticklabels()] == ["'so'"]

@@ -191,7 +191,13 @@ def test_select_ranks_by_the_variance_of_success(tmp_path: Path, capsys: pytest.
     prompts = read_prompts(tmp_path / "out" / "prompts.jsonl", note=print)
     assert prompts == [row["prompt"] for row in ranking[:2]]
     assert (tmp_path / "out" / "histogram.png").read_bytes().startswith(b"\x89PNG")
-    assert f"em-kernels train --prompt-file {tmp_path / 'out' / 'prompts.jsonl'}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"em-kernels train --prompt-file {tmp_path / 'out' / 'prompts.jsonl'}" in said
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert said.startswith(table)
+    assert table.startswith("| task ")
+    assert "samples 6, max_new_tokens 512, " in table
+    assert f"- em_kernels {__version__}, python " in table
 
 
 def test_select_by_agreement_needs_no_answers(tmp_path: Path) -> None:

@@ -25,8 +25,8 @@ def test_a_folder_is_resumed_after_its_last_whole_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("resume", "settings", "message"),
     [
-        (False, _SETTINGS, "out is not empty; --resume goes on"),
-        (True, {**_SETTINGS, "samples": 8}, r"drawn by other settings: samples: 4, not 8$"),
+        (False, _SETTINGS, "out is not empty; --resume goes on with what is in it, --output names"),
+        (True, {**_SETTINGS, "samples": 8}, r"made by other settings: samples: 4, not 8$"),
         (True, {"temperatures": (0.0,)}, r"samples: 4, not None; temperatures: \[0.0, 1.0\], not \[0.0\]$"),
     ],
 )
@@ -35,6 +35,15 @@ def test_a_folder_with_something_in_it(tmp_path: Path, resume: bool, settings: A
     with pytest.raises(UsageError, match=message), output_folder(tmp_path / "out", settings, {}, resume=resume):
         pass
     assert (tmp_path / "out" / "config.json").exists()
+
+
+def test_whose_results_are_in_the_way(tmp_path: Path) -> None:
+    settings = {"models": {"built-in": None, "a/b": "a/b"}}
+    with output_folder(tmp_path / "out", settings, {}, resume=False, kept="measured"):
+        (tmp_path / "out" / "measured").mkdir()
+    message = r"is not empty \(it holds completions of built-in, a/b\); --resume"
+    with pytest.raises(UsageError, match=message), output_folder(tmp_path / "out", settings, {}, resume=False):
+        pass
 
 
 def test_a_folder_of_something_else(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from written_runs import write_run, write_sweep
 
+from em_kernels.one_shot.analysis.built_in import BUILT_IN_NOTE
 from em_kernels.one_shot.errors import UsageError
 from em_kernels.one_shot.sweeps.folder import SweepFolder
 from em_kernels.one_shot.sweeps.results import Result, group_by_settings, read_result
@@ -44,6 +45,7 @@ def test_table_to_read(tmp_path: Path, results: list[Result]) -> None:
     text = write_table(folder, results, group_by_settings(results))
     assert folder.table.read_text() == text
     head, rule, cold, warm, *notes = text.splitlines()
+    assert BUILT_IN_NOTE in notes
     assert {len(line) for line in (rule, cold, warm)} == {len(head)}
     assert dict(zip(_cells(head), _cells(cold), strict=True)) == {
         "temperature": "0.1",
@@ -64,6 +66,19 @@ def test_table_to_read(tmp_path: Path, results: list[Result]) -> None:
         "32 problems" in note and "The best step is chosen on the problems that it is shown on" in note
         for note in notes
     )
+
+
+def test_settings_of_the_runs_that_began_and_which_have_which(tmp_path: Path, results: list[Result]) -> None:
+    text = write_table(SweepFolder(tmp_path), results, group_by_settings(results))
+    settings = text.partition("## Settings\n\n")[2].splitlines()
+    assert "learning_rate 2e-05, " in settings[0]
+    assert settings[1:4] == [
+        "- temperature differs: 0.1 in temperature=0.1,seed=0 and temperature=0.1,seed=1 and temperature=0.1,seed=2; "
+        "0.3 in temperature=0.3,seed=0 and temperature=0.3,seed=1",
+        "- seed differs: 0 in temperature=0.1,seed=0 and temperature=0.3,seed=0; "
+        "1 in temperature=0.1,seed=1 and temperature=0.3,seed=1; 2 in temperature=0.1,seed=2",
+        "- torch 2.9, device cpu",
+    ]
 
 
 def test_runs_that_a_rule_ended_count_with_their_own_last_steps(tmp_path: Path) -> None:

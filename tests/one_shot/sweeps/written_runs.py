@@ -25,6 +25,8 @@ def write_run(
 ) -> None:
     """What a run leaves that has these losses by step, and these accuracies after some of the steps."""
     run.folder.path.mkdir()
+    values = {"config": dataclasses.asdict(run.config), "versions": {"torch": "2.9"}, "device": "cpu", "processes": 1}
+    run.folder.config.write_text(json.dumps(values))
     steps = [{"step": step, "loss": loss, "entropy": 2 * loss} for step, loss in enumerate(losses, 1)]
     _write_lines(run.folder.metrics, steps)
     accuracies = [

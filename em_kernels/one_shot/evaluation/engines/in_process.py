@@ -54,8 +54,13 @@ def load_engine(
     Raises:
         UsageError: the model cannot be loaded, or a prompt does not fit its template or its context.
     """
-    model, tokenizer = load_model(source, trust_remote_code=trust_remote_code)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    policy = Policy(model.to(device, getattr(torch, dtype)), tokenizer, chat=chat)
+    policy = load_policy(source, chat=chat, dtype=dtype, trust_remote_code=trust_remote_code)
     policy.check(prompts, max_new_tokens)
     return functools.partial(policy.complete, at_once=concurrency)
+
+
+def load_policy(source: str | None, *, chat: ChatFormat, dtype: str, trust_remote_code: bool) -> Policy:
+    """The model as `load_engine` loads it, for what takes more of it than completions."""
+    model, tokenizer = load_model(source, trust_remote_code=trust_remote_code)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    return Policy(model.to(device, getattr(torch, dtype)), tokenizer, chat=chat)

@@ -1,6 +1,6 @@
 import pytest
 
-from em_kernels.one_shot.evaluation.answers.comparison import Tolerance, compare
+from em_kernels.one_shot.answers.comparison import Tolerance, compare
 
 _SAME = [
     ("\\frac{14}{3}", "14/3"),

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import pytest
 
-from em_kernels.one_shot.evaluation.answers.grading import grade_answer
+from em_kernels.one_shot.answers.grading import grade_answer
 
 
 class _Gold(NamedTuple):

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import pytest
 
-from em_kernels.one_shot.runs.files import failing_as_os_error, remove_unfinished, whole_or_absent, write_text
+from em_kernels.one_shot.files import failing_as_os_error, remove_unfinished, whole_or_absent, write_text
 
 
 def test_file_replaces_the_earlier_one(tmp_path: Path) -> None:

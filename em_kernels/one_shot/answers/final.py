@@ -2,13 +2,13 @@
 
 import re
 
+from .boxes import closed_boxes
 from .words import with_numerals
 
 _ANSWER = re.compile(
     r"\banswers?\b(?:[^.\n:=]|\.(?=\d)){0,60}?(?:\s+(?:is|are|be)\b|:|\s*=)[\s:*]*(?:approximately |about |equal to )?",
     re.IGNORECASE,
 )
-_BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
 # What may stand between two boxes of one answer.
 _BETWEEN = re.compile(r"(?:[\s,;.$*]|\\[()\[\]]|\band\b|\bor\b)*")
 _MATH = re.compile(r"\$\$.+?\$\$|\\\[.+?\\\]|\\\(.+?\\\)|(?<!\\)\$(?=\S)[^$\n]+?(?<![\\\s])\$(?!\d)", re.DOTALL)
@@ -44,17 +44,11 @@ def final_answer(text: str) -> str | None:
 
 def boxed_answer(text: str) -> str | None:
     r"""What is in the last closed \boxed{}, joined with the boxes that only "and" and commas keep apart from it."""
-    boxes: list[tuple[int, int, str]] = []
-    closing = _closing_braces(text)
-    for match in _BOXED.finditer(text):
-        end = closing.get(match.end() - 1)
-        # A box in a box is part of its contents.
-        if end is not None and not (boxes and match.start() < boxes[-1][1]):
-            boxes.append((match.start(), end + 1, text[match.end() : end].strip()))
+    boxes = closed_boxes(text)
     answers: list[str] = []
     for i in reversed(range(len(boxes))):
         _, end, content = boxes[i]
-        if answers and not _BETWEEN.fullmatch(text, end, boxes[i + 1][0]):
+        if answers and not _BETWEEN.fullmatch(text, end, boxes[i + 1].start):
             break
         answers.insert(0, content)
         following = text[end:]
@@ -67,17 +61,6 @@ def boxed_answer(text: str) -> str | None:
 def _unit_after(following: str) -> str:
     match = re.match(r"\s*(?:\\?%|\^\s*\{?\s*\\circ\s*\}?|\s*\\(?:text|mathrm)\s*\{[^{}]*\}(?:\^\{?\d\}?)?)", following)
     return match[0] if match else ""
-
-
-def _closing_braces(text: str) -> dict[int, int]:
-    """The position of each opening brace that is closed, with that of its closing brace."""
-    closing, opened = {}, []
-    for match in re.finditer(r"(?<!\\)[{}]", text):
-        if match[0] == "{":
-            opened.append(match.start())
-        elif opened:
-            closing[opened.pop()] = match.start()
-    return closing
 
 
 def _announced(rest: str) -> str | None:

@@ -1,6 +1,6 @@
 import pytest
 
-from em_kernels.one_shot.evaluation.answers.words import with_numerals
+from em_kernels.one_shot.answers.words import with_numerals
 
 
 @pytest.mark.parametrize(

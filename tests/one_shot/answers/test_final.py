@@ -1,6 +1,6 @@
 import pytest
 
-from em_kernels.one_shot.evaluation.answers.final import final_answer
+from em_kernels.one_shot.answers.final import final_answer
 
 
 @pytest.mark.parametrize(
