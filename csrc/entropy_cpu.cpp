@@ -146,15 +146,15 @@ EM_EXPORT void em_row_gradient(const void* logits, int dtype, int64_t inner, int
   });
 }
 
-// Sets `loss` to sum_r w_r H_r / divisor, and `out`, unless it is NULL, to its gradient. w_r is kept[r] or token_weight[r],
-// or 1 where both are NULL; a row whose weight is 0 is not kept. `of_weights` multiplies the divisor by the sum of the
+// Returns sum_r w_r H_r / divisor, and sets `out`, unless it is NULL, to its gradient. w_r is kept[r] or token_weight[r], or
+// 1 where both are NULL; a row whose weight is 0 is not kept. `of_weights` multiplies the divisor by the sum of the
 // weights, of which 0 counts as 1.
-EM_EXPORT void em_entropy_with_gradient(const void* logits, int dtype, int64_t inner, int64_t outer_stride,
-                                        int64_t inner_stride, int64_t rows, int64_t vocab, double softcap,
-                                        const uint8_t* kept, const float* token_weight, double divisor,
-                                        int of_weights, const float* temperature, double temperature_all, float* loss,
-                                        void* out, int out_dtype, int64_t out_outer_stride, int64_t out_inner_stride,
-                                        int threads) {
+EM_EXPORT float em_entropy_with_gradient(const void* logits, int dtype, int64_t inner, int64_t outer_stride,
+                                         int64_t inner_stride, int64_t rows, int64_t vocab, double softcap,
+                                         const uint8_t* kept, const float* token_weight, double divisor,
+                                         int of_weights, const float* temperature, double temperature_all, void* out,
+                                         int out_dtype, int64_t out_outer_stride, int64_t out_inner_stride,
+                                         int threads) {
   const Logits z{logits, static_cast<Dtype>(dtype), inner, outer_stride, inner_stride};
   const Gradient gradient{out, static_cast<Dtype>(out_dtype), inner, out_outer_stride, out_inner_stride};
   const Softcap cap(softcap);
@@ -182,7 +182,7 @@ EM_EXPORT void em_entropy_with_gradient(const void* logits, int dtype, int64_t i
   });
   double sum = 0;
   for (const double x : weighted) sum += x;
-  *loss = static_cast<float>(sum);
+  return static_cast<float>(sum);
 }
 
 // Limits the instruction set from now on, for tests: 0 the baseline, 1 AVX2, 2 AVX-512. Returns the one that will be used.

@@ -27,6 +27,9 @@ def host_sees(tensor: Tensor) -> bool:
 def rows_of_logits(logits: Tensor) -> Tensor:
     """(..., V) to (outer, inner, V) with contiguous columns; a view unless the rows need more than two strides."""
     logits = logits.resolve_neg()
+    # What follows would give the same, in twice the host's time.
+    if logits.dim() == 2 and logits.is_contiguous():
+        return logits.unsqueeze(0)
     if logits.stride(-1) != 1 and logits.shape[-1] != 1:
         logits = logits.contiguous()
     if logits.dim() == 3 and logits.stride(0) != logits.shape[1] * logits.stride(1):

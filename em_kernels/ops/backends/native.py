@@ -47,9 +47,11 @@ _SIGNATURES = {
     "em_row_statistics": (_POINTER, _POINTER, *_TEMPERATURE, *(_POINTER,) * len(Statistics._fields), _POINTER),
     # saved, target; pointer and stride for each of Upstream; out
     "em_row_gradient": (_POINTER, _POINTER, *(_POINTER, _INT64) * len(Upstream._fields), *_OUT),
-    # kept, token_weight, divisor, of_weights, temperature; loss, out
-    "em_entropy_with_gradient": (_POINTER, _POINTER, _DOUBLE, _INT, *_TEMPERATURE, _POINTER, *_OUT),
+    # kept, token_weight, divisor, of_weights, temperature; out
+    "em_entropy_with_gradient": (_POINTER, _POINTER, _DOUBLE, _INT, *_TEMPERATURE, *_OUT),
 }
+# The others return nothing.
+_RESULTS = {"em_entropy_with_gradient": ctypes.c_float}
 
 
 def unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -113,27 +115,27 @@ def entropy_with_gradient(
     kept_and_weight = (token_weight, None) if is_bool else (None, token_weight)
     # 0 counts as 1.
     divided_by = (1.0 if divisor.total is None else divisor.total.item() or 1.0) * divisor.number
-    loss = logits.new_empty((), dtype=torch.float32)
     weight = (*kept_and_weight, divided_by, divisor.of_weights and token_weight is not None)
-    _call("em_entropy_with_gradient", logits, softcap, *weight, *temperature, loss, *_out(out))
-    return loss
+    loss = _call("em_entropy_with_gradient", logits, softcap, *weight, *temperature, *_out(out))
+    return torch.scalar_tensor(loss, dtype=torch.float32, device=logits.device)
 
 
 def _out(out: Tensor | None) -> tuple[Tensor | None, int, int, int]:
     return (None, 0, 0, 0) if out is None else (out, _DTYPES[out.dtype], out.stride(0), out.stride(1))
 
 
-def _call(function: str, logits: Tensor, softcap: float | None, *arguments: Tensor | float | None) -> None:
+def _call(function: str, logits: Tensor, softcap: float | None, *arguments: Tensor | float | None) -> float:
     library = _load()
     if isinstance(library, str):
         raise RuntimeError(library)
     outer, inner, vocab = logits.shape
-    getattr(library, function)(
+    outer_stride, inner_stride, _ = logits.stride()
+    return getattr(library, function)(
         logits.data_ptr(),
         _DTYPES[logits.dtype],
         inner,
-        logits.stride(0),
-        logits.stride(1),
+        outer_stride,
+        inner_stride,
         outer * inner,
         vocab,
         softcap or 0.0,
@@ -158,7 +160,7 @@ def _load() -> ctypes.CDLL | str:
         library = ctypes.CDLL(str(LIBRARY))
         for name, signature in _SIGNATURES.items():
             function = getattr(library, name)
-            function.argtypes, function.restype = (*_LOGITS, *signature, _INT), None
+            function.argtypes, function.restype = (*_LOGITS, *signature, _INT), _RESULTS.get(name)
     except (OSError, AttributeError) as error:
         return f"the compiled CPU kernels cannot be loaded: {error}"
     return library
