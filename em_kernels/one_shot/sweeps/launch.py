@@ -99,8 +99,9 @@ def end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 def _signal(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     for process in processes:
         process.send_signal(signal.SIGTERM)
-    for process in processes:
-        process.wait()
+    # Waiting for a process would go on if another thread of this one got the signal.
+    while any(process.poll() is None for process in processes):
+        time.sleep(_PAUSE)
 
 
 def _die_with_parent() -> None:
