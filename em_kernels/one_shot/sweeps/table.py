@@ -1,12 +1,10 @@
 """The results of a sweep as tables: a row per run to compute with, and means over seeds to read."""
 
-import math
 from collections.abc import Sequence
 
 from em_kernels.one_shot.analysis.accuracies import CHOSEN_ON, DECODINGS
 from em_kernels.one_shot.analysis.report import BUILT_IN_NOTE
 from em_kernels.one_shot.analysis.tables import markdown_table
-from em_kernels.one_shot.evaluation.statistics import Estimate
 from em_kernels.one_shot.json_lines import json_line
 from em_kernels.one_shot.runs.files import write_text
 from em_kernels.one_shot.sweeps.folder import SweepFolder
@@ -31,15 +29,15 @@ def _row(group: Group, decodings: Sequence[str]) -> list[str]:
     cells += [str(len(group.finished)), str(group.failed)]
     for metric in ("loss", "entropy"):
         last = group.last(metric)
-        cells.append("-" if last is None else _nats(last))
+        cells.append("-" if last is None else f"{last:.4f}")
     for decoding in decodings:
         accuracy, last = group.accuracy(decoding), group.last_accuracy(decoding)
         if not accuracy or last is None:
             cells += ["-", "-", "-"]
             continue
         best = max(accuracy, key=lambda step: accuracy[step].mean)
-        before = _share(accuracy[0]) if 0 in accuracy else "-"
-        cells += [before, _share(last), f"{_share(accuracy[best])} ({best})"]
+        before = str(accuracy[0]) if 0 in accuracy else "-"
+        cells += [before, str(last), f"{accuracy[best]} ({best})"]
     return cells
 
 
@@ -58,11 +56,3 @@ def _notes(results: Sequence[Result]) -> list[str]:
     if any(result.run.config.model is None for result in results):
         notes.append(BUILT_IN_NOTE)
     return notes
-
-
-def _nats(estimate: Estimate) -> str:
-    return f"{estimate.mean:.4f}" + ("" if math.isnan(estimate.standard_error) else f" ± {estimate.standard_error:.4f}")
-
-
-def _share(estimate: Estimate) -> str:
-    return f"{estimate.mean:.1%}" if math.isnan(estimate.standard_error) else str(estimate)
