@@ -135,6 +135,7 @@ def test_authors_preset_says_what_it_is(
         ("train --stop-when loss>1", "stop_when is 'loss>1', expected decided>X, loss<X or agreement-falls"),
         ("train --top-p 2", "top_p is 2.0, expected a number above 0 and at most 1"),
         ("train --chat-template nothing.jinja", "file nothing.jinja cannot be read: No such file or directory"),
+        ("train --chat-template {tmp}/t.jinja", "t.jinja, line 2: not a chat template (Expected an expression, got"),
         ("train --colour red", "unrecognized arguments: --colour red"),
         ("train --prompt-file nothing.txt", "file nothing.txt cannot be read: No such file or directory"),
         ("train --model /nowhere/model --output {tmp}/run", "model '/nowhere/model' cannot be loaded: "),
@@ -149,6 +150,7 @@ def test_errors_are_one_line(
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "file").touch()
+    (tmp_path / "t.jinja").write_text("{{ bos_token }}\n{% if %}")
     assert message in _error(capsys, *arguments.format(tmp=tmp_path).split())
 
 

@@ -559,7 +559,7 @@ with RunFolder(Path({str(tmp_path / "run")!r})).held():
     assert other.stdout is not None
     assert other.stdout.readline() == "held\n"
     try:
-        said = rf"is in use by process {other.pid} on {socket.gethostname()} since \d{{4}}-"
+        said = rf"^folder \S+ is in use by process {other.pid} on {socket.gethostname()} since \d{{4}}-"
         for resume in (False, True):
             with pytest.raises(UsageError, match=said):
                 train(tiny_config, tmp_path / "run", resume=resume)
