@@ -1,7 +1,10 @@
 import json
 import os
+import shlex
 import shutil
+import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +12,7 @@ import torch
 from matplotlib import image
 
 from em_kernels.cli import main
-from em_kernels.one_shot.analysis import generated
+from em_kernels.one_shot.analysis import generated, logits, tokens
 from em_kernels.one_shot.analysis.generated import score_own_completions
 from em_kernels.one_shot.analysis.logits import measure
 from em_kernels.one_shot.policy import Policy
@@ -89,6 +92,39 @@ def test_what_was_measured_is_not_measured_again(kind: str, tiny_folder: Path, t
     assert main(command) == 2
     os.utime(model / "model.safetensors", ns=(0, 0))
     assert main([*command, "--resume"]) == 2
+
+
+@pytest.mark.parametrize("kind", ["logits", "tokens"])
+def test_an_interrupted_command_says_how_to_go_on_and_does(
+    kind: str,
+    tiny_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    other, output = tmp_path / "other", tmp_path / "output"
+    other.symlink_to(tiny_folder)
+    analysis = {"logits": logits, "tokens": tokens}[kind]
+    measured: list[str] = []
+
+    def interrupted(*given: Any, description: str, **named: Any) -> Any:
+        measured.append(description)
+        if len(measured) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return whole(*given, description=description, **named)
+
+    whole = analysis.measure
+    monkeypatch.setattr(analysis, "measure", interrupted)
+    command = ["analyze", kind, str(tiny_folder), str(other), "--prompt", "2+2?", "--max-new-tokens", "4"]
+    assert main([*command, "--output", str(output)]) == 128 + signal.SIGTERM
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("em-kernels analyze: interrupted; go on with: em-kernels analyze")
+    assert not (output / f"{kind}.jsonl").exists()
+    assert main(shlex.split(said.partition("go on with: em-kernels ")[2])) == 0
+    # The first model is measured once, and the second anew.
+    first, *second = measured
+    assert (first, second) == (tiny_folder.name, [f"{first}-2"] * 2)
+    assert (output / f"{kind}.jsonl").read_text().count("\n") == 2
 
 
 @pytest.mark.parametrize(

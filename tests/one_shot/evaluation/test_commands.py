@@ -155,6 +155,10 @@ def test_what_is_there_when_the_server_dies_is_kept(
         (["evaluate", "--temperature", "-1"], "argument --temperature: -1 is no temperature"),
         (["evaluate", "--temperature", "a"], "argument --temperature: 'a' is no list of numbers with commas"),
         (["evaluate", "--pass-at", "0"], "argument --pass-at: 0 is below 1"),
+        (
+            ["evaluate", "--pass-at", "2,16", "--samples", "8"],
+            "--pass-at is 16, expected at most the samples",
+        ),
         (["evaluate", "--task", "a.txt"], "file a.txt ends in '.txt', expected one of .jsonl"),
         (["evaluate", "--task", "absent.jsonl"], "file absent.jsonl cannot be read: No such file"),
         (["evaluate", "--endpoint", "http://127.0.0.1:9"], "--endpoint needs a model"),
@@ -214,6 +218,17 @@ def test_select_ranks_by_the_variance_of_success(tmp_path: Path, capsys: pytest.
     assert prompts == [row["prompt"] for row in ranking[:2]]
     assert (tmp_path / "out" / "histogram.png").read_bytes().startswith(b"\x89PNG")
     assert f"em-kernels train --prompt-file {tmp_path / 'out' / 'prompts.jsonl'}" in capsys.readouterr().out
+
+
+def test_select_of_fewer_problems_than_it_is_to_choose_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--samples", "2", "--count", "9", "--output", str(tmp_path / "out"), "--model", "weak", "--quiet"]
+    with hostile_server(otherwise=_skilled) as server:
+        assert main(["select", _problems(tmp_path / "sums.jsonl", 5), "--endpoint", server.url, *options]) == 0
+    note = "--count is 9, but the pool has 5 problems; the prompt file has all of them"
+    assert [line for line in capsys.readouterr().err.splitlines() if note in line]
+    assert len((tmp_path / "out" / "prompts.jsonl").read_text().splitlines()) == 5
 
 
 def test_select_by_agreement_needs_no_answers(tmp_path: Path) -> None:
