@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,7 @@ def test_authors_preset_says_what_it_is(
         ("train --stop-when loss>1", "stop_when is 'loss>1', expected decided>X, loss<X or agreement-falls"),
         ("train --top-p 2", "top_p is 2.0, expected a number above 0 and at most 1"),
         ("train --chat-template nothing.jinja", "file nothing.jinja cannot be read: No such file or directory"),
+        ("train --chat-template {tmp}/t.jinja", "t.jinja, line 2: not a chat template (Expected an expression, got"),
         ("train --colour red", "unrecognized arguments: --colour red"),
         ("train --prompt-file nothing.txt", "file nothing.txt cannot be read: No such file or directory"),
         ("train --model /nowhere/model --output {tmp}/run", "model '/nowhere/model' cannot be loaded: "),
@@ -148,6 +150,7 @@ def test_errors_are_one_line(
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "file").touch()
+    (tmp_path / "t.jinja").write_text("{{ bos_token }}\n{% if %}")
     assert message in _error(capsys, *arguments.format(tmp=tmp_path).split())
 
 
@@ -177,28 +180,38 @@ def _start(*arguments: str, **options: Any) -> subprocess.Popen[str]:
 
 def test_interrupted_run_says_how_to_go_on_and_does(tiny_folder: Path, tmp_path: Path) -> None:
     output = str(tmp_path / "a run")
-    command = ["train", "--model", str(tiny_folder), "--output", output, "--prompt", "2+2?", "--steps", "40"]
-    command += ["--batch-size", "2", "--max-new-tokens", "8", "--evaluation-size", "0", "--state-every", "100"]
+    command = ["train", "--model", str(tiny_folder), "--output", output, "--prompt", "2+2?", "--steps", "8"]
+    command += ["--batch-size", "16", "--max-new-tokens", "48", "--evaluation-size", "0", "--state-every", "100"]
     again = command
     for signum in (signal.SIGINT, signal.SIGTERM):
         run = _start(*again)
         assert run.stdout is not None
-        # The signal comes once a step has been printed.
+        # The signal comes in the step after one that has been printed.
         for line in run.stdout:
             if line.startswith("step "):
+                time.sleep(0.02)
                 run.send_signal(signum)
                 break
-        _, said = run.communicate()
+        told, said = run.communicate()
         assert run.returncode == 128 + signum, said
         last = said.splitlines()[-1]
         assert last == f"em-kernels train: interrupted; go on with: em-kernels {shlex.join([*command, '--resume'])}"
         assert "Traceback" not in said
+        note = "the step under way will be finished and kept; a second signal leaves at once"
+        assert f"{signum.name}: {note}" in said.splitlines()
+        # That step is kept, although its state was not due.
+        finished = re.findall(r"^step +(\d+)/8", told, re.MULTILINE)[-1]
+        assert _steps(tmp_path / "a run")[-1] == int(finished)
+        assert (tmp_path / "a run" / f"state-{finished}").is_dir()
         # No bar is drawn where there is no terminal.
         assert "%|" not in said
         again = shlex.split(last.partition("go on with: em-kernels ")[2])
     assert main(again) == 0
-    steps = [json.loads(line)["step"] for line in (tmp_path / "a run" / "metrics.jsonl").read_text().splitlines()]
-    assert steps == list(range(1, 41))
+    assert _steps(tmp_path / "a run") == list(range(1, 9))
+
+
+def _steps(run: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:

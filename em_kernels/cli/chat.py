@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from em_kernels.one_shot.errors import UsageError
+
 if TYPE_CHECKING:
     from em_kernels.one_shot.policy.chat import ChatFormat
 
@@ -30,11 +32,27 @@ def chat_format(system: str | None, chat_template: str | None, stop: Sequence[st
     """The format of chats that the options ask for.
 
     Raises:
-        UsageError: the file of the template cannot be read, or a text is empty.
+        UsageError: the file of the template cannot be read, or holds no template, or a text is empty.
     """
-    from em_kernels.one_shot.data.rows import read_text
     from em_kernels.one_shot.policy.chat import PLAIN, SYSTEM_TEXTS, ChatFormat
 
     named = SYSTEM_TEXTS.get(system, system) if system is not None else None
-    template = chat_template if chat_template in (None, PLAIN) else read_text(Path(chat_template))
+    template = chat_template if chat_template in (None, PLAIN) else _read_template(Path(chat_template))
     return ChatFormat(named, template, tuple(stop or ()))
+
+
+def _read_template(path: Path) -> str:
+    from jinja2 import TemplateSyntaxError
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    from em_kernels.one_shot.data.rows import read_text
+
+    template = read_text(path)
+    try:
+        render_jinja_template(conversations=[[{"role": "user", "content": "?"}]], chat_template=template)
+    except TemplateSyntaxError as error:
+        raise UsageError(f"{path}, line {error.lineno}: not a chat template ({error.message})") from None
+    except Exception:
+        # What else it may refuse depends on the model's tokens.
+        pass
+    return template

@@ -50,7 +50,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         again = arguments if "--resume" in arguments else [*arguments, "--resume"]
         resume = f"; go on with: em-kernels {shlex.join(again)}" if command in _RESUMABLE or "resume" in options else ""
-        print(f"\nem-kernels {command}: interrupted{resume}", file=sys.stderr)
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            resume += ", launched as before"
+        # Of the processes of a launch, the first speaks for all.
+        if os.environ.get("RANK", "0") == "0":
+            print(f"\nem-kernels {command}: interrupted{resume}", file=sys.stderr)
         # Training hears signals itself, and a library may raise an exception of its own for one.
         return 128 + (getattr(interrupt, "signum", 0) or interruption.signum or signal.SIGINT)
 

@@ -1,10 +1,13 @@
-"""Ctrl-C and the termination signal of batch systems: the first asks a command to stop where it can, the next ends it.
+"""Ctrl-C and the termination signal of batch systems: the first asks a command to stop, the second to stop at once.
 
-A command that has stopped exits with 128 plus the signal's number, 130 or 143, as if the signal had ended it.
+A third ends the process. A command that has stopped exits with 128 plus the signal's number, 130 or 143, as if the
+signal had ended it.
 """
 
 import contextlib
+import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -12,7 +15,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# Launchers pass on a signal that the terminal has sent to their processes already; such an echo is no second one.
+# Launchers pass on a signal that the terminal has sent to their processes already; such an echo is no further one.
 _SECONDS_OF_AN_ECHO = 1.0
 
 
@@ -29,18 +32,22 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Interruption:
-    """A context manager in which the first of the two signals raises `Interrupted`, and the next ends the process.
+    """A context manager in which the first two signals raise `Interrupted`, and the third ends the process.
 
-    In a thread other than the main one, signals are left alone.
+    Blocks inside it may finish their work first: see `finishing` and `held`. In a thread other than the main one,
+    signals are left alone.
 
     Attributes:
-        signum: the signal that has come, or 0.
+        signum: the first signal that has come, or 0.
     """
 
     def __init__(self) -> None:
         self.signum = 0
+        self._count = 0
         self._came_at = 0.0
+        self._finishing = ""
         self._held = 0
+        self._due = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Interruption":
@@ -57,23 +64,46 @@ class Interruption:
             signal.signal(signum, handler)
 
     @contextlib.contextmanager
+    def finishing(self, what: str) -> Iterator[None]:
+        """Has the first signal set `signum` and say `what` will happen, and no more: the block's owner looks for it."""
+        before, self._finishing = self._finishing, what
+        try:
+            yield
+        finally:
+            self._finishing = before
+
+    @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Has the first signal wait until the block ends."""
-        came_before = self.signum
+        """Has what a signal would raise wait until the block ends."""
         self._held += 1
         try:
             yield
         finally:
             self._held -= 1
-        if self.signum and not came_before and not self._held:
+        if self._due and not self._held:
+            self._due = False
             raise Interrupted(self.signum)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if not self.signum:
-            self.signum, self._came_at = signum, now
-            if not self._held:
-                raise Interrupted(signum)
-        elif now - self._came_at > _SECONDS_OF_AN_ECHO:
+        if self._count and now - self._came_at <= _SECONDS_OF_AN_ECHO:
+            return
+        self._count, self._came_at = self._count + 1, now
+        self.signum = self.signum or signum
+        if self._count > 2:
             signal.signal(signum, signal.SIG_DFL)
             signal.raise_signal(signum)
+        elif self._count == 1 and self._finishing:
+            _say(f"{signal.Signals(signum).name}: {self._finishing}; a second signal leaves at once")
+        elif self._held:
+            self._due = True
+        else:
+            raise Interrupted(self.signum)
+
+
+def _say(line: str) -> None:
+    # The signal may have come while Python was writing to the same stream, which it does not do twice at a time.
+    with contextlib.suppress(OSError):
+        # On a terminal, the line would go on behind a bar.
+        start = "\n" if sys.stderr.isatty() else ""
+        os.write(2, f"{start}{line}\n".encode())

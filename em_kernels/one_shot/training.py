@@ -44,6 +44,9 @@ from em_kernels.one_shot.stopping import stopped_by
 
 # A state is due once what it took to write the last one is at most this share of the time since.
 _WRITING_SHARE = 0.1
+# What a signal is answered with.
+_STEP = "the step under way will be finished and kept"
+_TOGETHER = "all processes will leave together when they have finished what is under way"
 
 
 def train(config: TrainConfig, output: str | Path, *, resume: bool = False, state_every: int | None = None) -> None:
@@ -51,8 +54,10 @@ def train(config: TrainConfig, output: str | Path, *, resume: bool = False, stat
 
     Under `accelerate launch`, every process calls this function. A run may be interrupted at any moment. If it is
     resumed with the same settings and number of processes, it ends on the CPU with the same parameters, bit for bit, as
-    a run that was not interrupted; and a finished run goes on if it is resumed with more steps. Ctrl-C and SIGTERM drop
-    the step under way, or wait for its end where several processes train, and keep the state of the last whole step.
+    a run that was not interrupted; and a finished run goes on if it is resumed with more steps. After Ctrl-C or
+    SIGTERM, the step under way is finished and its state kept; an evaluation is left, but by several processes only
+    between its halves. A second signal leaves the step, too, and keeps the state of the last whole one, which several
+    processes cannot do: they leave what they have kept before.
 
     Args:
         config: the settings.
@@ -93,8 +98,8 @@ def train(config: TrainConfig, output: str | Path, *, resume: bool = False, stat
         if config.report_to != "none":
             accelerator.init_trackers("em_kernels", {k: str(v) for k, v in dataclasses.asdict(config).items()})
         loop = _Loop(accelerator, config, run, prepared.policy, prepared.optimizer, problems, interruption, state_every)
-        # Where several processes train, each step is one of all of them, and none leaves the others alone in it.
-        with interruption.held() if processes > 1 else contextlib.nullcontext():
+        # Where several processes train, none leaves the others alone in what they do together.
+        with interruption.finishing(_TOGETHER) if processes > 1 else contextlib.nullcontext():
             loop.run_to_the_end()
         accelerator.end_training()
 
@@ -130,14 +135,17 @@ class _Loop:
         try:
             self._keep_and_measure()
             while self.taken < self.config.steps and not self._stopped():
-                self._take_step(reference)
-                self._leave_if_asked()
+                with self.interruption.finishing(_STEP):
+                    self._take_step(reference)
+                    self._leave_if_asked()
                 self._keep_and_measure()
             self._keep_state()
             self._evaluate()
         except KeyboardInterrupt:
-            with self.interruption.held():
-                self._keep_state()
+            # Of several processes, one that is here alone could not keep the state, which they do together.
+            if self.accelerator.num_processes == 1:
+                with self.interruption.held():
+                    self._keep_state()
             raise
         self._finish()
 
@@ -262,7 +270,13 @@ class _Loop:
         when = "before" if step == 0 else "after" if step == config.steps else f"step {step}"
         seed = config.evaluation_seed
         records, agreement = evaluate(
-            accelerator, self.policy, self.problems, max_new_tokens=evaluation_tokens(config), seed=seed, when=when
+            accelerator,
+            self.policy,
+            self.problems,
+            max_new_tokens=evaluation_tokens(config),
+            seed=seed,
+            when=when,
+            between=self._leave_if_asked,
         )
         shown = show(accelerator, self.policy, config.prompts, training_sampling(config), seed=seed, when=when)
         rows = summaries(step, records, agreement)
@@ -276,6 +290,7 @@ class _Loop:
             name = row["decoding"]
             values = {f"{what}_{name}": row[what] for what in ("accuracy", "truncated", "unreadable", "length_mean")}
             accelerator.log(values, step=step)
+        self._leave_if_asked()
 
     def _stopped(self) -> bool:
         """Whether a rule ends the run here; says which one."""
@@ -288,11 +303,12 @@ class _Loop:
         return False
 
     def _leave_if_asked(self) -> None:
-        """Raises Interrupted in every process if a signal has come to any of them."""
-        if self.accelerator.num_processes > 1:
-            own = torch.tensor([self.interruption.signum], device=self.accelerator.device)
-            if signum := int(self.accelerator.gather(own).max()):
-                raise Interrupted(signum)
+        """Keeps the state and raises Interrupted, in every process, if a signal has come to any of them."""
+        own = torch.tensor([self.interruption.signum], device=self.accelerator.device)
+        if signum := int(self.accelerator.gather(own).max()):
+            with self.interruption.held():
+                self._keep_state()
+            raise Interrupted(signum)
 
     def _agreed(self, of_the_first: Any) -> bool:
         """What the first process says, on every process."""

@@ -1,3 +1,4 @@
+import contextlib
 import signal
 import subprocess
 import sys
@@ -6,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from em_kernels.one_shot import interruption
 from em_kernels.one_shot.interruption import Interrupted, Interruption
 
 
@@ -27,43 +29,55 @@ def test_first_signal_raises(signum: signal.Signals) -> None:
     assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
-def test_signal_waits_for_the_end_of_a_held_block() -> None:
+def test_first_signal_is_said_in_a_block_that_finishes(capfd: pytest.CaptureFixture[str]) -> None:
+    with Interruption() as given, given.finishing("the step will be finished"):
+        signal.raise_signal(signal.SIGTERM)
+        # The echo of a launcher is no second signal.
+        signal.raise_signal(signal.SIGTERM)
+    assert given.signum == signal.SIGTERM
+    assert capfd.readouterr().err == "SIGTERM: the step will be finished; a second signal leaves at once\n"
+
+
+@pytest.mark.parametrize("finishing", [True, False])
+def test_what_a_signal_raises_waits_for_the_end_of_a_held_block(
+    finishing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(interruption, "_SECONDS_OF_AN_ECHO", -1.0)
     done: list[str] = []
 
-    def work(interruption: Interruption) -> None:
-        with interruption.held():
-            with interruption.held():
+    def work(given: Interruption) -> None:
+        with given.finishing("the step will be finished") if finishing else contextlib.nullcontext():
+            if finishing:
                 signal.raise_signal(signal.SIGTERM)
-            done.append("work")
-            # The echo of a launcher is no second signal.
-            signal.raise_signal(signal.SIGTERM)
-        done.append("never")
+            with given.held():
+                with given.held():
+                    signal.raise_signal(signal.SIGTERM)
+                done.append("the held part")
+            done.append("never")
 
-    with Interruption() as interruption, pytest.raises(Interrupted):
-        work(interruption)
-    assert done == ["work"]
+    with Interruption() as given, pytest.raises(Interrupted):
+        work(given)
+    assert done == ["the held part"]
 
 
 def test_work_after_a_signal_is_not_interrupted_by_the_same_signal() -> None:
-    with Interruption() as interruption:
+    with Interruption() as given:
         with pytest.raises(Interrupted):
             signal.raise_signal(signal.SIGINT)
-        with interruption.held():
+        with given.held():
             pass
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_second_signal_ends_the_process_at_once(signum: signal.Signals) -> None:
+def test_third_signal_ends_the_process(signum: signal.Signals) -> None:
     program = f"""
-        import signal, time
+        import signal
         from em_kernels.one_shot import interruption
-        now = [0.0]
-        time.monotonic = lambda: now[0]
+        interruption._SECONDS_OF_AN_ECHO = -1.0
         signal.signal(signal.SIGINT, signal.default_int_handler)
         with interruption.Interruption() as given, given.held():
-            signal.raise_signal({int(signum)})
-            now[0] += 2
-            signal.raise_signal({int(signum)})
+            for _ in range(3):
+                signal.raise_signal({int(signum)})
         """
     ended = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True)
     assert ended.returncode == -signum, ended.stderr

@@ -184,10 +184,10 @@ def _start_fsdp2(config: TrainConfig, output: Path) -> Accelerator:
 def _train(config: TrainConfig, output: Path, way: str, ended: str = "", resume: bool = False) -> None:
     """One process of a run that keeps every second state and ends, if at all, as its last step begins.
 
-    It fails, or its second process alone gets a signal.
+    It fails, or one of its processes alone gets a signal: the second in a step, the first in an evaluation.
     """
     with launched(**_WAYS[way][1]), pytest.MonkeyPatch.context() as patched:
-        train_on = training.accumulate_gradient
+        train_on, evaluation = training.accumulate_gradient, training.evaluate
         taken: list[int] = []
 
         def ending(*given: Any, **named: Any) -> Any:
@@ -198,12 +198,19 @@ def _train(config: TrainConfig, output: Path, way: str, ended: str = "", resume:
                 signal.raise_signal(signal.SIGTERM)
             return train_on(*given, **named)
 
+        def evaluated(*given: Any, **named: Any) -> Any:
+            if dist.get_rank() == 0 and ended == "by a signal in an evaluation":
+                signal.raise_signal(signal.SIGTERM)
+            return evaluation(*given, **named)
+
         patched.setattr(training, "accumulate_gradient", ending)
+        patched.setattr(training, "evaluate", evaluated)
         if way == "fsdp2":
             patched.setattr(sharding, "start", _start_fsdp2)
         # The process group serves the next test.
         patched.setattr(Accelerator, "end_training", lambda _: None)
-        with contextlib.suppress(ZeroDivisionError), pytest.raises(Interrupted) if ended == "by a signal" else _NOTHING:
+        signalled = ended.startswith("by a signal")
+        with contextlib.suppress(ZeroDivisionError), pytest.raises(Interrupted) if signalled else _NOTHING:
             training.train(config, output, resume=resume, state_every=2)
 
 
@@ -268,12 +275,19 @@ def test_resumed_run_ends_with_the_same_parameters(
 def test_processes_end_together_after_the_step_in_which_a_signal_came_to_one(
     runs: Callable[[str], tuple[TrainConfig, Path]], tmp_path: Path
 ) -> None:
-    config, _ = runs("fully_shard")
+    config, expected = runs("fully_shard")
     run = tmp_path / "run"
-    run_on_ranks(2, _train, config, run, "fully_shard", "by a signal")
+    run_on_ranks(2, _train, config, run, "fully_shard", "by a signal in an evaluation")
+    # The evaluation was left between its halves.
+    assert not RunFolder(run).is_evaluated(0)
+    run_on_ranks(2, _train, config, run, "fully_shard", "by a signal", True)
     # The third step was finished, and its state kept although only every second one is.
     assert [row["step"] for row in RunFolder(run).read_metrics()] == [1, 2, 3]
     assert RunFolder(run).kept_step() == 3
+    run_on_ranks(2, _train, config, run, "fully_shard", "", True)
+    weights = _checkpoint(run)
+    for name, weight in _checkpoint(expected).items():
+        assert torch.equal(weights[name], weight), name
 
 
 def test_norm_of_the_update_is_that_of_one_process(runs: Callable[[str], tuple[TrainConfig, Path]]) -> None:

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from em_kernels.one_shot import preparation, training
+from em_kernels.one_shot import interruption, preparation, training
 from em_kernels.one_shot.config import TrainConfig
 from em_kernels.one_shot.errors import UsageError
 from em_kernels.one_shot.evaluation.records import read_records
@@ -315,27 +315,30 @@ def test_killed_run_resumes_to_the_same_parameters(
         assert shown.stat().st_mtime_ns == before
 
 
+@pytest.mark.parametrize(("signals", "steps"), [(1, [1, 2, 3]), (2, [1, 2])], ids=["once", "twice"])
 def test_interrupted_run_keeps_its_last_step_and_resumes_to_the_same_parameters(
-    finished: tuple[TrainConfig, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: tuple[TrainConfig, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signals: int, steps: list[int]
 ) -> None:
     config, expected = finished
     output = tmp_path / "run"
     with monkeypatch.context() as patched:
-        # The signal comes in the middle of the third step, whose update is not taken any more.
+        patched.setattr(interruption, "_SECONDS_OF_AN_ECHO", -1.0)
+        # The signals come in the middle of the third step, which is finished after the first of them.
         calls: list[int] = []
 
         def interrupted(*given: Any, **named: Any) -> Any:
             calls.append(1)
             if len(calls) == 3:
-                signal.raise_signal(signal.SIGTERM)
+                for _ in range(signals):
+                    signal.raise_signal(signal.SIGTERM)
             return accumulate_gradient(*given, **named)
 
         patched.setattr(training, "accumulate_gradient", interrupted)
         with pytest.raises(Interrupted) as raised:
             train(config, output, state_every=100)
     assert raised.value.signum == signal.SIGTERM
-    assert "state-2" in _names(output)
-    assert [row["step"] for row in _metrics(output)] == [1, 2]
+    assert [row["step"] for row in _metrics(output)] == steps
+    assert f"state-{steps[-1]}" in _names(output)
     # What changes neither the result nor its bits may differ.
     settings = {"report_to": "tensorboard", "checkpoint_every": 100, "gradient_checkpointing": True}
     train(dataclasses.replace(config, **settings), output, resume=True)
@@ -556,7 +559,7 @@ with RunFolder(Path({str(tmp_path / "run")!r})).held():
     assert other.stdout is not None
     assert other.stdout.readline() == "held\n"
     try:
-        said = rf"is in use by process {other.pid} on {socket.gethostname()} since \d{{4}}-"
+        said = rf"^folder \S+ is in use by process {other.pid} on {socket.gethostname()} since \d{{4}}-"
         for resume in (False, True):
             with pytest.raises(UsageError, match=said):
                 train(tiny_config, tmp_path / "run", resume=resume)

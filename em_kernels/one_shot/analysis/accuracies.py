@@ -59,11 +59,12 @@ def difference_text(estimate: Estimate | None) -> str:
     """A difference in percentage points with its error, and whether the error explains it."""
     if estimate is None:
         return "not known: completions were not kept"
-    return points_text(estimate) + ("" if estimate.seen else ", no difference seen")
+    unseen = ", no difference seen" if estimate.known else ", error unknown"
+    return points_text(estimate) + ("" if estimate.seen else unseen)
 
 
 def points_text(estimate: Estimate) -> str:
-    return f"{100 * estimate.mean:+.1f} ± {100 * estimate.standard_error:.1f} points"
+    return f"{Estimate(100 * estimate.mean, 100 * estimate.standard_error):+.1f} points"
 
 
 def when(step: int) -> str:

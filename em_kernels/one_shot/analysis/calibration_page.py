@@ -117,7 +117,7 @@ def _draw_bins(axes: Axes, bins: Sequence[Bin], factor: float, own_colour: str, 
 def _vote_lines(votes: Votes | None) -> list[str]:
     if votes is None:
         return ["No votes: no problem has several completions of which one has an answer."]
-    rows = [[f"{one.confidence:.1%}", str(one.count), _accuracy(one)] for one in votes.bins]
+    rows = [[f"{one.confidence:.1%}", str(one.count), str(one.accuracy)] for one in votes.bins]
     return [
         *markdown_table(["share of votes", "problems", "vote is right"], rows, texts=0),
         "",
@@ -129,7 +129,7 @@ def _vote_lines(votes: Votes | None) -> list[str]:
 def _logprob_lines(logprobs: Logprobs | None) -> list[str]:
     if logprobs is None:
         return ["No log-probabilities: the records have none, as where a server drew the completions."]
-    rows = [[f"{one.confidence:.4f}", str(one.count), _accuracy(one)] for one in logprobs.bins]
+    rows = [[f"{one.confidence:.4f}", str(one.count), str(one.accuracy)] for one in logprobs.bins]
     return [
         *markdown_table(["mean log-probability", "completions", "right"], rows, texts=0),
         "",
@@ -137,10 +137,6 @@ def _logprob_lines(logprobs: Logprobs | None) -> list[str]:
         f"{_share(logprobs.order)} of all pairs (50 % is chance), and in {_share(logprobs.order_within)} of the pairs "
         "of one problem, in which its difficulty plays no part.",
     ]
-
-
-def _accuracy(one: Bin) -> str:
-    return f"{one.accuracy.mean:.1%}" if math.isnan(one.accuracy.standard_error) else str(one.accuracy)
 
 
 def _share(value: float) -> str:

@@ -154,6 +154,4 @@ def _temperature(value: float) -> str:
 
 
 def _text(estimate: Estimate | None) -> str:
-    if estimate is None:
-        return ""
-    return f"{estimate.mean:.1%}" if math.isnan(estimate.standard_error) else str(estimate)
+    return "" if estimate is None else str(estimate)

@@ -48,7 +48,7 @@ _NUMBERS = (2, 9)
 
 
 def make_problems(count: int, *, seed: int, exclude: Sequence[str] = ()) -> list[Problem]:
-    """`count` different problems, the same for the same arguments.
+    """`count` different problems, the same for the same arguments, or all there are if there are fewer: 46,080.
 
     Args:
         count: the number of problems.
@@ -58,12 +58,14 @@ def make_problems(count: int, *, seed: int, exclude: Sequence[str] = ()) -> list
     rng = random.Random(seed)
     excluded = {_without_numbers(text) for text in exclude}
     problems: dict[str, Problem] = {}
-    for attempt in range(100 * count):
+    all_there_are = len(_TEMPLATES) * len(_NAMES) * len(_THINGS) * (_NUMBERS[1] - _NUMBERS[0] + 1) ** 2
+    # By chance, so many draws leave out a problem less than once in 10^15 times.
+    for attempt in range(min(100 * count, 50 * all_there_are)):
         if len(problems) == count:
             break
         template = _TEMPLATES[attempt % len(_TEMPLATES)]
         problem = template(rng.choice(_NAMES), rng.choice(_THINGS), rng.randint(*_NUMBERS), rng.randint(*_NUMBERS))
-        if _without_numbers(problem.question) not in excluded:
+        if problem.question not in problems and _without_numbers(problem.question) not in excluded:
             problems[problem.question] = problem
     return list(problems.values())
 

@@ -1,6 +1,6 @@
 """The evaluation of a policy: every problem's completion and verdict, and a few completions of the training prompts."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -57,6 +57,7 @@ def evaluate(
     max_new_tokens: int,
     seed: int,
     when: str,
+    between: Callable[[], None] = lambda: None,
 ) -> tuple[list[Record], float | None]:
     """Completes each problem twice, with the most likely tokens and at temperature 1, and grades the completions.
 
@@ -69,6 +70,7 @@ def evaluate(
         max_new_tokens: the longest completion, in tokens.
         seed: the seed of sampling; a completion depends on it, its problem and the policy alone, up to rounding.
         when: what to call the evaluation where its progress is shown.
+        between: called by every process between the two halves.
 
     Returns:
         The records of all processes, by temperature and problem, and the agreement: the share of problems on which the
@@ -78,6 +80,7 @@ def evaluate(
         return [], None
     with Grader() as grader:
         greedy = _graded(accelerator, policy, grader, problem_set, None, max_new_tokens, seed, f"{when}: greedy")
+        between()
         sampled = _graded(accelerator, policy, grader, problem_set, 1.0, max_new_tokens, seed, f"{when}: temperature 1")
         pairs = [(a.answer, b.answer) for a, b in zip(greedy, sampled, strict=True)]
         agreeing = sum(a is not None and b is not None and grader.same(a, b) for a, b in pairs)

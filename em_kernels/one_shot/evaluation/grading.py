@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +18,9 @@ from em_kernels.one_shot.data.problems import Problem
 
 _WORKER = Path(__file__).parents[1] / "answers" / "worker.py"
 _MEMORY_BYTES = 4 * 2**30
+# The time by the clock that an answer may take, as a multiple of the computing time: no busy machine changes a verdict,
+# and no process that was stopped, or waits for memory, holds up the others for ever.
+_PATIENCE = 30
 
 
 class Verdict(Enum):
@@ -46,7 +51,7 @@ class Grader:
     """Grades completions, in a process of its own that is ended when an answer takes longer than the limit.
 
     Args:
-        seconds: the computing time that one completion may take.
+        seconds: the computing time that one completion may take; by the clock, it may take 30 times as long.
 
     The grader is a context manager, and its process ends with the block. It has to be used by one thread at a time.
     """
@@ -103,20 +108,21 @@ class Grader:
             assert process.stdin is not None
             assert process.stdout is not None
             try:
-                process.stdin.write(json.dumps(question) + "\n")
-                process.stdin.flush()
-                line = process.stdout.readline()
+                with _killed_after(self._seconds * _PATIENCE, process) as late:
+                    process.stdin.write(json.dumps(question) + "\n")
+                    process.stdin.flush()
+                    line = process.stdout.readline()
             except BrokenPipeError:
                 line = ""
             except BaseException:
                 # An interruption may have left a reply that nobody has read.
                 self._end()
                 raise
-            if line:
+            if line.endswith("\n"):
                 return json.loads(line)
             status = process.wait()
             self._end()
-            if status == -signal.SIGPROF:
+            if status == -signal.SIGPROF or late.is_set():
                 break
         return None
 
@@ -135,10 +141,14 @@ class Grader:
         )
         assert process.stdout is not None
         assert process.stderr is not None
-        if process.stdout.readline().strip() != '"ready"':
+        limit = self._seconds * _PATIENCE
+        with _killed_after(limit, process) as late:
+            ready = process.stdout.readline().strip() == '"ready"'
+        if not ready:
             said = process.stderr.read().strip().rpartition("\n")[2]
             process.kill()
-            raise RuntimeError(f"the process that grades answers cannot be started: {said}")
+            reason = f"not ready within {limit:g} s" if late.is_set() else said
+            raise RuntimeError(f"the process that grades answers cannot be started: {reason}")
         self._process = process
         return process
 
@@ -149,3 +159,21 @@ class Grader:
             # What is left in the pipe to a process that has ended cannot be written.
             with contextlib.suppress(BrokenPipeError):
                 process.communicate()
+
+
+@contextlib.contextmanager
+def _killed_after(seconds: float, process: "subprocess.Popen[str]") -> Iterator[threading.Event]:
+    """Kills the process if the block takes longer, and yields what is set then."""
+    late = threading.Event()
+
+    def kill() -> None:
+        late.set()
+        process.kill()
+
+    timer = threading.Timer(seconds, kill)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield late
+    finally:
+        timer.cancel()

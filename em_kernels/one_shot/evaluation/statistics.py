@@ -7,13 +7,24 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean and its standard error, both as shares."""
+    """A mean and its standard error, both as shares; an error that is not known is NaN, and is not printed."""
 
     mean: float
     standard_error: float
 
     def __str__(self) -> str:
-        return f"{self.mean:.1%} ± {self.standard_error:.1%}"
+        return f"{self:.1%}"
+
+    def __format__(self, form: str) -> str:
+        """Both in the same format, in which the error has no sign."""
+        if not form:
+            return str(self)
+        return f"{self.mean:{form}}" + (f" ± {self.standard_error:{form.lstrip('+')}}" if self.known else "")
+
+    @property
+    def known(self) -> bool:
+        """Whether the error is known."""
+        return not math.isnan(self.standard_error)
 
     @property
     def seen(self) -> bool:

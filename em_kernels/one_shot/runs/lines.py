@@ -24,7 +24,8 @@ def step_line(metrics: dict[str, Any], steps: int) -> str:
 
 def accuracy_line(when: str, rows: Sequence[dict[str, Any]]) -> str:
     """A line about the rows that evaluations.jsonl has of one evaluation."""
-    return f"accuracy {when + ':':7} {accuracies(rows)} ({rows[0]['problems']} problems, ± standard error)"
+    problems = "1 problem" if rows[0]["problems"] == 1 else f"{rows[0]['problems']} problems, ± standard error"
+    return f"accuracy {when + ':':7} {accuracies(rows)} ({problems})"
 
 
 def accuracies(rows: Sequence[dict[str, Any]]) -> str:
@@ -68,7 +69,7 @@ def _accuracy(row: dict[str, Any]) -> str:
 
 
 def _signed(change: Estimate) -> str:
-    return f"{change.mean:+.1%} ± {change.standard_error:.1%}" + ("" if change.seen else " (no difference seen)")
+    return f"{change:+.1%}" + ("" if change.seen else " (no difference seen)" if change.known else " (error unknown)")
 
 
 def _decoding(temperature: float) -> str:

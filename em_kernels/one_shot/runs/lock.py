@@ -1,4 +1,4 @@
-"""The lock of a run folder, which one process at a time holds. It ends with the process, however that ends."""
+"""The lock of a folder of results, which one process at a time holds. It ends with the process, however that ends."""
 
 import contextlib
 import datetime
@@ -50,7 +50,7 @@ def _locked_file(path: Path) -> TextIO:
         except OSError as error:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 with file:
-                    raise UsageError(f"run folder {path.parent} is in use by {_holder(file)}") from None
+                    raise UsageError(f"folder {path.parent} is in use by {_holder(file)}") from None
             # Some network file systems have no locks, and a run on them is better than none.
         # The holder before may have removed the file after it was opened here.
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):

@@ -15,6 +15,7 @@ from em_kernels.one_shot.sweeps.grid import train_options
 
 # How often running processes are looked at, in seconds.
 _PAUSE = 0.1
+ENDING = "ending {} runs, each after its step under way; a second signal ends them at once"
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 _KILL_WHEN_PARENT_DIES = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 
@@ -33,8 +34,8 @@ def launch(
 ) -> Iterator[Outcome]:
     """Runs `em-kernels train` for each of the runs, and yields each as it ends.
 
-    If the caller leaves the loop or is interrupted, the processes are told to end, and keep their last
-    whole step.
+    If the caller leaves the loop or is interrupted, the processes are told to end: each finishes its step under way
+    and keeps it, unless the caller is interrupted again.
 
     Args:
         runs: the runs; one that was started before goes on.
@@ -57,7 +58,7 @@ def launch(
                 run, since = running.pop(process)
                 yield Outcome(run, process.returncode, time.monotonic() - since)
     except KeyboardInterrupt:
-        print(f"ending {len(running)} runs, which keep their last whole step", file=sys.stderr)
+        print(ENDING.format(len(running)), file=sys.stderr)
         raise
     finally:
         end(list(running))
@@ -87,11 +88,20 @@ def start_train(
 
 
 def end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Tells the processes to end with their last whole step kept, and waits until they have."""
+    """Tells the processes to end after their step under way, or at once if interrupted, and waits until they have."""
+    try:
+        _signal(processes)
+    except KeyboardInterrupt:
+        _signal(processes)
+        raise
+
+
+def _signal(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     for process in processes:
         process.send_signal(signal.SIGTERM)
-    for process in processes:
-        process.wait()
+    # Waiting for a process would go on if another thread of this one got the signal.
+    while any(process.poll() is None for process in processes):
+        time.sleep(_PAUSE)
 
 
 def _die_with_parent() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from em_kernels.one_shot.errors import UsageError
 from em_kernels.one_shot.sweeps.folder import Run
-from em_kernels.one_shot.sweeps.launch import Outcome, end, start_train, train_arguments
+from em_kernels.one_shot.sweeps.launch import ENDING, Outcome, end, start_train, train_arguments
 
 # How often the running tasks are looked at, in seconds.
 _PAUSE = 0.5
@@ -74,8 +74,8 @@ def launch_on_ray(
 ) -> Iterator[Outcome]:
     """Runs `em-kernels train` for each of the runs on a Ray cluster, and yields each as it ends.
 
-    If the caller leaves the loop or is interrupted, the processes are told to end, and keep their last
-    whole step.
+    If the caller leaves the loop or is interrupted, the processes are told to end: each finishes its step under way
+    and keeps it, unless the caller is interrupted again.
 
     Args:
         runs: the runs; one that was started before goes on.
@@ -106,7 +106,7 @@ def launch_on_ray(
                 status = _status(ray, reference, run)
                 yield Outcome(run, status, time.monotonic() - begun.get(run.name, time.monotonic()))
     except KeyboardInterrupt:
-        print("ending the runs, which keep their last whole step", file=sys.stderr)
+        print(ENDING.format(len(tasks)), file=sys.stderr)
         raise
     finally:
         _cancel(ray, list(tasks))
@@ -142,7 +142,10 @@ def _status(ray: Any, reference: Any, run: Run) -> int:
 
 
 def _cancel(ray: Any, references: list[Any]) -> None:
-    """Has what still runs end with its last whole step kept, and leaves the cluster."""
+    """Has what still runs end after its step under way, and leaves the cluster; if interrupted, it leaves at once.
+
+    Ray then kills the runs, which leaves the states that they had kept: it cancels a task only once.
+    """
     try:
         for reference in references:
             ray.cancel(reference)

@@ -1,13 +1,11 @@
 """The results of a sweep as tables: a row per run to compute with, and means over seeds to read."""
 
-import math
 from collections.abc import Sequence
 
 from em_kernels.one_shot.analysis.accuracies import CHOSEN_ON, DECODINGS
 from em_kernels.one_shot.analysis.built_in import built_in_lines
 from em_kernels.one_shot.analysis.settings import settings_lines
 from em_kernels.one_shot.analysis.tables import markdown_table
-from em_kernels.one_shot.evaluation.statistics import Estimate
 from em_kernels.one_shot.files import write_text
 from em_kernels.one_shot.json_lines import json_line
 from em_kernels.one_shot.sweeps.folder import SweepFolder
@@ -33,15 +31,15 @@ def _row(group: Group, decodings: Sequence[str]) -> list[str]:
     cells += [str(len(group.finished)), str(group.failed)]
     for metric in ("loss", "entropy"):
         last = group.last(metric)
-        cells.append("-" if last is None else _nats(last))
+        cells.append("-" if last is None else f"{last:.4f}")
     for decoding in decodings:
         accuracy, last = group.accuracy(decoding), group.last_accuracy(decoding)
         if not accuracy or last is None:
             cells += ["-", "-", "-"]
             continue
         best = max(accuracy, key=lambda step: accuracy[step].mean)
-        before = _share(accuracy[0]) if 0 in accuracy else "-"
-        cells += [before, _share(last), f"{_share(accuracy[best])} ({best})"]
+        before = str(accuracy[0]) if 0 in accuracy else "-"
+        cells += [before, str(last), f"{accuracy[best]} ({best})"]
     return cells
 
 
@@ -58,11 +56,3 @@ def _notes(results: Sequence[Result]) -> list[str]:
             f"these being few is not in the standard error over seeds. {CHOSEN_ON}"
         )
     return [*notes, *built_in_lines({"settings": {"model": result.run.config.model}} for result in results)]
-
-
-def _nats(estimate: Estimate) -> str:
-    return f"{estimate.mean:.4f}" + ("" if math.isnan(estimate.standard_error) else f" ± {estimate.standard_error:.4f}")
-
-
-def _share(estimate: Estimate) -> str:
-    return f"{estimate.mean:.1%}" if math.isnan(estimate.standard_error) else str(estimate)

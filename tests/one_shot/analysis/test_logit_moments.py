@@ -1,7 +1,10 @@
 import json
 import os
+import shlex
 import shutil
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from run_folders import write_run
 
 from em_kernels.cli import main
 from em_kernels.one_shot import progress
-from em_kernels.one_shot.analysis import generated
+from em_kernels.one_shot.analysis import generated, logits, tokens
 from em_kernels.one_shot.analysis.built_in import BUILT_IN_NOTE
 from em_kernels.one_shot.analysis.generated import score_own_completions
 from em_kernels.one_shot.analysis.logits import LogitMoments, draw, measure
@@ -145,6 +148,39 @@ def test_quiet_leaves_the_progress_out(
     command = ["analyze", "tokens", str(tiny_folder), "--prompt", "2+2?", "--max-new-tokens", "4"]
     assert main([*command, "--output", str(tmp_path / "out"), *(["--quiet"] if quiet else [])]) == 0
     assert ("prompts 1 to 1 of 1" in capsys.readouterr().err) is not quiet
+
+
+@pytest.mark.parametrize("kind", ["logits", "tokens"])
+def test_an_interrupted_command_says_how_to_go_on_and_does(
+    kind: str,
+    tiny_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    other, output = tmp_path / "other", tmp_path / "output"
+    other.symlink_to(tiny_folder)
+    analysis = {"logits": logits, "tokens": tokens}[kind]
+    measured: list[str] = []
+
+    def interrupted(*given: Any, description: str, **named: Any) -> Any:
+        measured.append(description)
+        if len(measured) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return whole(*given, description=description, **named)
+
+    whole = analysis.measure
+    monkeypatch.setattr(analysis, "measure", interrupted)
+    command = ["analyze", kind, str(tiny_folder), str(other), "--prompt", "2+2?", "--max-new-tokens", "4"]
+    assert main([*command, "--output", str(output)]) == 128 + signal.SIGTERM
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("em-kernels analyze: interrupted; go on with: em-kernels analyze")
+    assert not (output / f"{kind}.jsonl").exists()
+    assert main(shlex.split(said.partition("go on with: em-kernels ")[2])) == 0
+    # The first model is measured once, and the second anew.
+    first, *second = measured
+    assert (first, second) == (tiny_folder.name, [f"{first}-2"] * 2)
+    assert (output / f"{kind}.jsonl").read_text().count("\n") == 2
 
 
 @pytest.mark.parametrize(

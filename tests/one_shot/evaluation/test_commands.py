@@ -2,6 +2,9 @@
 
 import json
 import re
+import signal
+import threading
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -103,6 +106,25 @@ def test_a_server_without_the_second_model_is_asked_for_nothing_else(
     assert not (tmp_path / "out").exists()
 
 
+def test_what_is_under_way_at_a_signal_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    task = _problems(tmp_path / "sums.jsonl", 5)
+    options = ["strong", "--task", task, "--temperature", "0.5", "--samples", "4", "--concurrency", "1"]
+
+    def signalled(handler: Any) -> None:
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+        time.sleep(0.2)
+        _skilled(handler)
+
+    with hostile_server(*[_skilled] * 7, signalled, otherwise=_skilled) as server:
+        assert _evaluate(server, tmp_path / "out", *options) == 128 + signal.SIGTERM
+        asked = len(server.bodies)
+        assert 8 <= asked < 20
+        assert capsys.readouterr().err.rstrip().endswith("--resume")
+        assert len(read_records(tmp_path / "out" / "completions.jsonl")) == asked
+        assert _evaluate(server, tmp_path / "out", *options, "--resume") == 0
+        assert len(server.bodies) == 20
+
+
 @pytest.mark.parametrize("dying", [ending, answering({"error": "overloaded"}, 503)])
 def test_what_is_there_when_the_server_dies_is_kept(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], dying: Any
@@ -133,6 +155,10 @@ def test_what_is_there_when_the_server_dies_is_kept(
         (["evaluate", "--temperature", "-1"], "argument --temperature: -1 is no temperature"),
         (["evaluate", "--temperature", "a"], "argument --temperature: 'a' is no list of numbers with commas"),
         (["evaluate", "--pass-at", "0"], "argument --pass-at: 0 is below 1"),
+        (
+            ["evaluate", "--pass-at", "2,16", "--samples", "8"],
+            "--pass-at is 16, expected at most the samples",
+        ),
         (["evaluate", "--task", "a.txt"], "file a.txt ends in '.txt', expected one of .jsonl"),
         (["evaluate", "--task", "absent.jsonl"], "file absent.jsonl cannot be read: No such file"),
         (["evaluate", "--endpoint", "http://127.0.0.1:9"], "--endpoint needs a model"),
@@ -198,6 +224,17 @@ def test_select_ranks_by_the_variance_of_success(tmp_path: Path, capsys: pytest.
     assert table.startswith("| task ")
     assert "samples 6, max_new_tokens 512, " in table
     assert f"- em_kernels {__version__}, python " in table
+
+
+def test_select_of_fewer_problems_than_it_is_to_choose_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--samples", "2", "--count", "9", "--output", str(tmp_path / "out"), "--model", "weak", "--quiet"]
+    with hostile_server(otherwise=_skilled) as server:
+        assert main(["select", _problems(tmp_path / "sums.jsonl", 5), "--endpoint", server.url, *options]) == 0
+    note = "--count is 9, but the pool has 5 problems; the prompt file has all of them"
+    assert [line for line in capsys.readouterr().err.splitlines() if note in line]
+    assert len((tmp_path / "out" / "prompts.jsonl").read_text().splitlines()) == 5
 
 
 def test_select_by_agreement_needs_no_answers(tmp_path: Path) -> None:

@@ -3,10 +3,12 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from em_kernels.one_shot.data.problems import Problem
+from em_kernels.one_shot.evaluation import grading
 from em_kernels.one_shot.evaluation.grading import Grade, Grader, Verdict
 
 
@@ -88,6 +90,27 @@ def test_process_that_something_else_ends_is_started_again(grader: Grader) -> No
     assert grader._process is not None
     os.kill(grader._process.pid, signal.SIGKILL)
     assert grader.grade("19", problem).verdict is Verdict.RIGHT
+
+
+def test_process_that_is_stopped_is_ended_and_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Problem("?", ("19",))
+    with Grader(seconds=1.0) as grader:
+        grader.grade("19", problem)
+        stopped = grader._process
+        assert stopped is not None
+        os.kill(stopped.pid, signal.SIGSTOP)
+        monkeypatch.setattr(grading, "_PATIENCE", 0.5)
+        assert grader.grade("19", problem) == Grade(Verdict.UNREADABLE, None)
+        assert stopped.returncode == -signal.SIGKILL
+        monkeypatch.undo()
+        assert grader.grade("19", problem).verdict is Verdict.RIGHT
+
+
+def test_process_that_is_never_ready_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "worker.py").write_text("import time\ntime.sleep(60)\n")
+    monkeypatch.setattr(grading, "_WORKER", tmp_path / "worker.py")
+    with Grader(seconds=0.02) as grader, pytest.raises(RuntimeError, match=r"not ready within 0\.6 s$"):
+        grader.grade("19", Problem("?", ("19",)))
 
 
 def test_process_ends_with_the_block() -> None:

@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 
-from em_kernels.one_shot.evaluation.statistics import mean_over_problems, paired_difference, pass_at_k
+from em_kernels.one_shot.evaluation.statistics import Estimate, mean_over_problems, paired_difference, pass_at_k
 
 
 def test_the_error_of_a_mean_is_the_spread_of_means_of_new_problems() -> None:
@@ -29,7 +29,14 @@ def test_one_completion_a_problem_has_the_usual_error() -> None:
 
 
 def test_the_error_of_one_problem_is_unknown() -> None:
-    assert math.isnan(mean_over_problems({"a": [1.0, 0.0]}).standard_error)
+    estimate = mean_over_problems({"a": [1.0, 0.0]})
+    assert math.isnan(estimate.standard_error)
+    assert f"{estimate}, {estimate:+.2f}" == "50.0%, +0.50"
+
+
+def test_an_error_has_the_format_of_its_mean_without_a_sign() -> None:
+    estimate = Estimate(-0.25, 0.125)
+    assert f"{estimate}, {estimate:+.2f}, {estimate:.3f}" == "-25.0% ± 12.5%, -0.25 ± 0.12, -0.250 ± 0.125"
 
 
 def test_a_paired_difference_cancels_the_problems_difficulty() -> None:

@@ -1,8 +1,11 @@
+import math
 from typing import Any
 
 import pytest
 
+from em_kernels.one_shot.analysis.accuracies import difference_text
 from em_kernels.one_shot.evaluation.records import Record
+from em_kernels.one_shot.evaluation.statistics import Estimate
 from em_kernels.one_shot.runs.lines import accuracy_line, collapse_line, difference_line, idle_line, step_line
 
 
@@ -57,6 +60,16 @@ def test_difference_has_the_paired_error() -> None:
     assert difference_line(before, after) == (
         "accuracy change: greedy +2.5% ± 2.5% (no difference seen), temperature 1 +25.0% ± 6.9% (paired by problem)"
     )
+
+
+def test_one_problem_has_no_error() -> None:
+    assert accuracy_line("after", [_row(0.0, standard_error=math.nan, problems=1)]) == (
+        "accuracy after:  greedy 25.0% (1 problem)"
+    )
+    before, after = _records(0.0, False), _records(0.0, True)
+    assert difference_line(before, after) == "accuracy change: greedy +100.0% (error unknown) (paired by problem)"
+    assert difference_text(Estimate(1.0, math.nan)) == "+100.0 points, error unknown"
+    assert difference_text(Estimate(0.1, 0.1)) == "+10.0 ± 10.0 points, no difference seen"
 
 
 def test_collapse_is_said() -> None:

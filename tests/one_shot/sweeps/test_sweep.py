@@ -1,11 +1,14 @@
 """Whole sweeps of the tiny model, as a user starts them."""
 
 import json
+import os
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import textwrap
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +17,8 @@ import pytest
 from train_process import train_processes, wait_for_end
 
 from em_kernels.cli import main
+from em_kernels.one_shot.interruption import Interrupted, Interruption
+from em_kernels.one_shot.sweeps.launch import end
 
 _TRAIN = shlex.split("--prompt 2+2? --batch-size 2 --max-new-tokens 4 --evaluation-size 0 --learning-rate 1e-3")
 
@@ -113,10 +118,30 @@ def test_an_interrupted_sweep_ends_its_runs_and_says_how_to_go_on(tiny_folder: P
     _, said = sweep.communicate()
     assert sweep.returncode == 128 + signal.SIGTERM, said
     *_, ending, last = filter(None, said.splitlines())
-    assert ending == "ending 1 runs, which keep their last whole step"
+    assert ending == "ending 1 runs, each after its step under way; a second signal ends them at once"
     assert last.startswith("em-kernels sweep: interrupted; go on with: em-kernels sweep --grid seed=3 ")
     assert last.endswith(" --resume")
     wait_for_end(train)
     # The run has kept the state of its last step, and was not killed.
     assert (run / f"state-{_steps(run)[-1]}").is_dir()
     assert "interrupted" in (tmp_path / "s" / "logs" / "seed=3.log").read_text()
+
+
+def test_runs_are_told_once_more_to_end_if_the_sweep_is() -> None:
+    program = """
+        import signal
+        signal.alarm(20)
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        for said in ("ready", "heard"):
+            print(said, flush=True)
+            signal.sigwait([signal.SIGTERM])
+        """
+    with subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE) as run:
+        assert run.stdout is not None
+        assert run.stdout.readline() == b"ready\n"
+        again = threading.Thread(target=lambda: (run.stdout.readline(), os.kill(os.getpid(), signal.SIGTERM)))
+        again.start()
+        with Interruption(), pytest.raises(Interrupted):
+            end([run])
+        again.join()
+        assert run.returncode == 0

@@ -1,8 +1,10 @@
 """A model on a server that speaks the chat completions of OpenAI, as vLLM, SGLang, llama.cpp and others do."""
 
+import math
 import queue
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +12,7 @@ from urllib.parse import SplitResult, urlsplit
 
 from em_kernels.one_shot.errors import UsageError
 from em_kernels.one_shot.evaluation.engines.exchange import RefusedError, UnavailableError, post_json
+from em_kernels.one_shot.interruption import Interrupted, Interruption
 from em_kernels.one_shot.policy.chat import ChatFormat
 from em_kernels.one_shot.policy.generation import Generated, Request
 from em_kernels.one_shot.policy.sampling import Sampling
@@ -18,6 +21,8 @@ from em_kernels.one_shot.progress import progress
 # A server that restarts is back within the sum of the delays, half a minute; the next answer is as likely to come.
 _ATTEMPTS = 6
 _FIRST_DELAY, _LONGEST_DELAY = 1.0, 60.0
+# How often signals are looked for, in seconds.
+_PAUSE = 0.1
 # The settings that OpenAI's own servers lack. They are sent even when neutral, because servers take the defaults of a
 # model from its generation_config.json; of the neutral values of top_k, all that know it know -1.
 _NEUTRAL = {"top_k": -1, "repetition_penalty": 1.0}
@@ -76,15 +81,62 @@ class Server:
     ) -> Iterator[Generated]:
         """Completes requests, several at a time, and yields each completion when it has ended.
 
+        After a failure, or the first Ctrl-C or SIGTERM, no more is asked for; the completions under way are waited for
+        as long as one may take, and yielded, because they may have been paid for.
+
         Raises:
             UsageError: the server refuses a request, or gives no usable answer to one that was repeated several times.
+            Interrupted: Ctrl-C or SIGTERM has come; after the second, nothing is waited for.
+        """
+        interruption, stopped = Interruption(), threading.Event()
+        ended, working = self._ask_all(requests, sampling, lambda: stopped.is_set() or interruption.signum > 0, stopped)
+        failure: BaseException | None = None
+        latest = math.inf
+        keeping = f"the completions under way will be waited for, {self.timeout:g} s at most, and kept"
+        try:
+            with (
+                interruption,
+                interruption.finishing(keeping),
+                progress(len(requests), description, "completions", show=show_progress) as bar,
+            ):
+                while working:
+                    if interruption.signum and failure is None:
+                        failure = Interrupted(interruption.signum)
+                    if failure is not None and latest == math.inf:
+                        stopped.set()
+                        latest = time.monotonic() + self.timeout
+                    try:
+                        one = ended.get(timeout=_PAUSE)
+                    except queue.Empty:
+                        if time.monotonic() > latest:
+                            break
+                        continue
+                    if one is None:
+                        working -= 1
+                    elif isinstance(one, Exception):
+                        failure = failure or one
+                    else:
+                        bar.update(1)
+                        yield one
+        finally:
+            stopped.set()
+        if failure is not None:
+            raise failure
+        if interruption.signum:  # It came with the last completion.
+            raise Interrupted(interruption.signum)
+
+    def _ask_all(
+        self, requests: Sequence[Request], sampling: Sampling, is_over: Callable[[], bool], stopped: threading.Event
+    ) -> tuple["queue.Queue[Generated | Exception | None]", int]:
+        """Has threads complete the requests until it is over.
+
+        Returns the queue of what they have, which each thread ends with None, and their number.
         """
         pending, taking = iter(requests), threading.Lock()
         ended: queue.Queue[Generated | Exception | None] = queue.Queue()
-        stopped = threading.Event()
 
         def work() -> None:
-            while not stopped.is_set():
+            while not is_over():
                 with taking:
                     request = next(pending, None)
                 if request is None:
@@ -100,23 +152,7 @@ class Server:
         for _ in range(working):
             # A thread that waits for a silent server must not keep the process from ending.
             threading.Thread(target=work, daemon=True).start()
-        failure = None
-        try:
-            with progress(len(requests), description, "completions", show=show_progress) as bar:
-                # After a failure, what the other threads have asked for is still waited for: it may have been paid for.
-                while working:
-                    one = ended.get()
-                    if one is None:
-                        working -= 1
-                    elif isinstance(one, Exception):
-                        failure = failure or one
-                    else:
-                        bar.update(1)
-                        yield one
-        finally:
-            stopped.set()
-        if failure is not None:
-            raise failure
+        return ended, working
 
     def _complete(self, request: Request, sampling: Sampling, stopped: threading.Event) -> Generated:
         for attempt in range(_ATTEMPTS):

@@ -1,3 +1,4 @@
+import signal
 import socket
 import threading
 import time
@@ -17,9 +18,11 @@ from hostile_server import (
     unknowing,
 )
 
+from em_kernels.one_shot import interruption
 from em_kernels.one_shot.errors import UsageError
 from em_kernels.one_shot.evaluation.engines import server as server_module
 from em_kernels.one_shot.evaluation.engines.server import Server
+from em_kernels.one_shot.interruption import Interrupted
 from em_kernels.one_shot.policy.chat import ChatFormat
 from em_kernels.one_shot.policy.generation import Generated, Request
 from em_kernels.one_shot.policy.sampling import Sampling
@@ -201,6 +204,52 @@ def test_completions_under_way_when_a_request_is_refused_come_before_the_error()
 
 def _fine(handler: Any) -> None:
     answering(completion("x"))(handler)
+
+
+def _dripping_header(handler: Any) -> None:
+    """Sends a byte of a header now and then, none of which is late."""
+    handler.wfile.write(b"HTTP/1.0 200 OK\r\nDate: ")
+    for _ in range(200):
+        handler.wfile.write(b"x")
+        time.sleep(0.05)
+
+
+def _signalling(times: int, then: Behaviour) -> Behaviour:
+    """Signals the main thread when both of two requests are under way."""
+    together = threading.Barrier(2, timeout=5)
+
+    def behave(handler: Any) -> None:
+        if together.wait() == 0:
+            for _ in range(times):
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+                time.sleep(0.5)
+        together.wait()
+        then(handler)
+
+    return behave
+
+
+@pytest.mark.parametrize(
+    ("signals", "then", "timeout", "kept"),
+    [(1, _fine, 10.0, 2), (1, _dripping_header, 1.0, 0), (2, _dripping_header, 60.0, 0)],
+    ids=["answers", "no answers in time", "a second signal"],
+)
+def test_completions_under_way_at_a_signal_are_waited_for_until_their_time_is_over(
+    monkeypatch: pytest.MonkeyPatch, signals: int, then: Behaviour, timeout: float, kept: int
+) -> None:
+    monkeypatch.setattr(interruption, "_SECONDS_OF_AN_ECHO", 0.1)
+    found: list[Generated] = []
+    with hostile_server(*[_signalling(signals, then)] * 2) as server:
+        completions = _server(server.url, timeout=timeout).complete(
+            _REQUESTS, _SAMPLING, description="", show_progress=False
+        )
+        started = time.monotonic()
+        with pytest.raises(Interrupted):
+            found.extend(completions)
+        assert time.monotonic() - started < 5
+        assert len(found) == kept
+        # No more is asked for.
+        assert len(server.bodies) == 2
 
 
 @pytest.mark.parametrize(
