@@ -31,8 +31,9 @@ from em_kernels.one_shot.token_scores import score_tokens
 parser = argparse.ArgumentParser()
 parser.add_argument("--model", help="name or folder (the built-in SmolLM2-135M-Instruct)")
 parser.add_argument("--output", default="runs/em_then_rl", help="the folder of TRL's trainer")
-parser.add_argument("--steps", type=int, default=2, help="steps of EM, and of GRPO")
-parser.add_argument("--problems", type=int, default=12, help="problems of the comparison")
+parser.add_argument("--em-steps", type=int, default=1)
+parser.add_argument("--grpo-steps", type=int, default=2)
+parser.add_argument("--problems", type=int, default=8, help="problems of the comparison")
 parser.add_argument("--max-new-tokens", type=int, default=24)
 parser.add_argument("--learning-rate", type=float, default=1e-5)
 args = parser.parse_args()
@@ -44,7 +45,7 @@ base.to(accelerator.device)
 em_problem, *problems = [
     # A model this small comes to an answer in few tokens only if it is asked to.
     Problem(f"{problem.question} Answer in one short sentence.", problem.answers)
-    for problem in make_problems(1 + args.problems + args.steps, seed=1)
+    for problem in make_problems(1 + args.problems + args.grpo_steps, seed=1)
 ]
 compared, rewarded = problems[: args.problems], problems[args.problems :]
 
@@ -62,7 +63,7 @@ def minimise_entropy(model: Any) -> Any:
     """A copy of the model after EM on one question, without its answer."""
     model = deepcopy(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)
-    for step in range(args.steps):
+    for step in range(args.em_steps):
         rollout = sample(model, [em_problem.question] * GROUP, seed=step)
         optimizer.zero_grad()
         accumulate_gradient(accelerator, policy_of(model), rollout, temperature=TEMPERATURE, micro_batch_size=GROUP)
@@ -88,7 +89,7 @@ def reinforce(model: Any, name: str) -> Any:
     prompts = [[{"role": "user", "content": problem.question}] for problem in rewarded]
     config = GRPOConfig(
         output_dir=args.output,
-        max_steps=args.steps,
+        max_steps=args.grpo_steps,
         learning_rate=args.learning_rate,
         temperature=TEMPERATURE,
         per_device_train_batch_size=GROUP,
@@ -118,7 +119,7 @@ def accuracy(model: Any) -> list[float]:
 
 
 # Every model is scored on the same tokens, so that a difference of entropies is no noise of sampling.
-fixed = sample(base, [em_problem.question] * 2 * GROUP, seed=args.steps, temperature=1.0)
+fixed = sample(base, [em_problem.question] * GROUP, seed=args.em_steps, temperature=1.0)
 
 
 def entropy(model: Any) -> list[float]:
@@ -149,7 +150,7 @@ for name in models:
         cells += [written(values[name], form), "" if name == "base" else change(values[name], values["base"], form)]
     print(f"| {' | '.join(cells)} |")
 print(
-    f"\n{args.problems} problems, {args.steps} steps of EM and of GRPO, one seed; errors are standard errors, those of "
-    f"changes are paired. The entropy is that at temperature 1 of {2 * GROUP} completions of EM's question, drawn once "
-    "from the base model. Models and runs this small show that the pieces fit together, not which order is better."
+    f"\n{args.problems} problems, steps of EM: {args.em_steps}, of GRPO: {args.grpo_steps}. Errors are standard "
+    f"errors, paired for changes. The entropy is at temperature 1, of {GROUP} completions of EM's question by the base "
+    "model. Models and runs this small show that the pieces fit together, not which order is better."
 )
