@@ -1,6 +1,8 @@
 """The environments that launchers give their processes, for the processes of `ranks`."""
 
+import base64
 import contextlib
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +13,21 @@ from torch import distributed as dist
 
 CPU = {"ACCELERATE_USE_CPU": "true"}
 ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
+# A parameter below the threshold would stay whole, and all those of a tiny model are.
+_ALL_IN_PARTS = {"stage3_param_persistence_threshold": 0}
+
+
+def zero(stage: int) -> dict[str, str]:
+    """The environment of a launch with ZeRO of a stage."""
+    config = {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_optimization": {"stage": stage, **_ALL_IN_PARTS},
+    }
+    # Accelerate takes the text of the file in place of its name.
+    text = base64.urlsafe_b64encode(json.dumps(config).encode()).decode()
+    return ZERO | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": text}
 
 
 @contextlib.contextmanager
@@ -38,8 +55,7 @@ def zero_settings(stage: int) -> Iterator[dict[str, Any]]:
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
         "gradient_clipping": 0.0,
-        # A parameter below the threshold would stay whole, and all those of a tiny model are.
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "zero_optimization": {"stage": stage, **_ALL_IN_PARTS},
         "zero_allow_untested_optimizer": True,
     }
     from transformers.integrations import unset_hf_deepspeed_config
@@ -63,3 +79,17 @@ def whole_parameters(model: Any) -> dict[str, Tensor]:
 
     with deepspeed.zero.GatheredParameters(parts):
         return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def trains_in_parts(trainer: Any) -> bool:
+    """Whether a trainer of Transformers runs under ZeRO-3."""
+    plugin = trainer.accelerator.state.deepspeed_plugin if trainer.is_deepspeed_enabled else None
+    return plugin is not None and plugin.zero_stage == 3
+
+
+def check_in_parts(model: Any) -> None:
+    """Checks that this process holds its share of each parameter, to which padding may belong, and no more."""
+    size = dist.get_world_size()
+    for name, parameter in model.named_parameters():
+        assert parameter.numel() == 0, name
+        assert parameter.ds_tensor.numel() == -(-parameter.ds_numel // size), name

@@ -28,7 +28,7 @@ def add_parser(commands: Any) -> None:
         type=_list_of(str),
         default=["built-in"],
         metavar="FILE[,FILE]",
-        help="problems with answers (.jsonl, .json, .csv, .parquet), hub:NAME[:SPLIT], or built-in (built-in)",
+        help="problems with answers (.jsonl, .json, .csv, .parquet), hub:NAME[[:CONFIG]:SPLIT], or built-in (built-in)",
     )
     evaluate.add_argument(
         "--temperature", type=_list_of(temperature), default=[0.0], metavar="X[,X]", help="0: the most likely token (0)"

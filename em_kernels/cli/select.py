@@ -25,7 +25,7 @@ def add_parser(commands: Any) -> None:
         "pool",
         nargs="+",
         metavar="POOL",
-        help="problems (.jsonl, .json, .csv, .parquet), hub:NAME[:SPLIT], or built-in",
+        help="problems (.jsonl, .json, .csv, .parquet), hub:NAME[[:CONFIG]:SPLIT], or built-in",
     )
     select.add_argument(
         "--by",

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from launch import whole_parameters, zero_settings
+from launch import check_in_parts, trains_in_parts, whole_parameters, zero_settings
 from random_models import VOCABULARY, labelled_batch, llama
 from ranks import run_on_ranks
 from torch import Tensor
@@ -77,6 +77,8 @@ def _train(
     before = whole_parameters(model)
     trainer.add_callback(EntropyCallback(trainer))
     trainer.train()
+    if trains_in_parts(trainer):
+        check_in_parts(model)
     evaluated = trainer.evaluate()["eval_loss"]
     with torch.no_grad(), contextlib.nullcontext() if make is _attached else entropy_outputs(model):
         entropy = model(**labelled_batch()).token_stats.entropy

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 pytest.importorskip("trl")
-from launch import CPU, launched, whole_parameters, zero_settings
+from launch import CPU, check_in_parts, launched, trains_in_parts, whole_parameters, zero_settings
 from ranks import run_on_ranks
 from transformers import AutoModelForCausalLM
 from trl.trainer import utils
@@ -44,6 +44,8 @@ def step_of(kind, folder, output, coefficient=None, ours=True, **settings):
     trainer.compute_loss = watched
     with token_stats_in_trl() if ours else contextlib.nullcontext():
         trainer.train()
+    if trains_in_parts(trainer):
+        check_in_parts(trainer.model)
     moved = {name: value - before[name] for name, value in whole_parameters(trainer.model).items()}
     return moved, batches, [entry for entry in trainer.state.log_history if "loss" in entry][-1]
 

@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from launch import CPU, ZERO, launched
+from launch import CPU, ZERO, check_in_parts, launched, zero
 from ranks import run_on_ranks
 from safetensors.torch import load_file
 from torch import Tensor
@@ -75,7 +75,7 @@ class _Step(NamedTuple):
 
 def _with_zero(folder: Path, rollout: dict[str, Tensor], config: TrainConfig, stage: int) -> _Step:
     """One process's share of a step under DeepSpeed, the tensors whole."""
-    with launched(**ZERO, ACCELERATE_DEEPSPEED_ZERO_STAGE=str(stage)):
+    with launched(**zero(stage)):
         accelerator = sharding.start(config, folder)
         from deepspeed.utils import safe_get_full_grad
 
@@ -88,6 +88,8 @@ def _with_zero(folder: Path, rollout: dict[str, Tensor], config: TrainConfig, st
         policy = Policy(model, None, head, config.dtype, prepared=prepared)
         part = _part(rollout, accelerator.process_index, accelerator.num_processes)
         stats = accumulate_gradient(accelerator, policy, part, temperature=TAU, micro_batch_size=3)
+        if stage == 3:
+            check_in_parts(model)
         gradients = {name: safe_get_full_grad(p).clone() for name, p in model.named_parameters()}
         norm = sharding.take_step(accelerator, prepared, optimizer, config.max_grad_norm)
         state = sharding.whole_state(model, trained_alone=False) or model.state_dict()
@@ -157,16 +159,15 @@ def _difference(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected).norm() / expected.norm())
 
 
-_STAGE = "ACCELERATE_DEEPSPEED_ZERO_STAGE"
 _ADAPTERS = {"lora_rank": 4, "evaluation_size": 0, "steps": 3}
 _WAYS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "data parallel": ({}, CPU),
     "fully_shard": ({"shard": True}, CPU),
     "fsdp2": ({}, CPU),
     "fully_shard, adapters": ({"shard": True, **_ADAPTERS}, CPU),
-    "zero2": ({}, ZERO | {_STAGE: "2"}),
-    "zero3": ({}, ZERO | {_STAGE: "3"}),
-    "zero3, adapters": (_ADAPTERS, ZERO | {_STAGE: "3"}),
+    "zero2": ({}, zero(2)),
+    "zero3": ({}, zero(3)),
+    "zero3, adapters": (_ADAPTERS, zero(3)),
 }
 
 
@@ -190,13 +191,15 @@ def _train(config: TrainConfig, output: Path, way: str, ended: str = "", resume:
         train_on, evaluation = training.accumulate_gradient, training.evaluate
         taken: list[int] = []
 
-        def ending(*given: Any, **named: Any) -> Any:
+        def ending(accelerator: Accelerator, policy: Policy, *given: Any, **named: Any) -> Any:
             taken.append(1)
+            if way.startswith("zero3"):
+                check_in_parts(policy.model)
             if len(taken) == config.steps and ended == "by an error":
                 raise ZeroDivisionError
             if len(taken) == config.steps - 1 and ended == "by a signal" and dist.get_rank() == 1:
                 signal.raise_signal(signal.SIGTERM)
-            return train_on(*given, **named)
+            return train_on(accelerator, policy, *given, **named)
 
         def evaluated(*given: Any, **named: Any) -> Any:
             if dist.get_rank() == 0 and ended == "by a signal in an evaluation":

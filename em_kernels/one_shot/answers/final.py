@@ -15,13 +15,15 @@ _MATH = re.compile(r"\$\$.+?\$\$|\\\[.+?\\\]|\\\(.+?\\\)|(?<!\\)\$(?=\S)[^$\n]+?
 _NO_UNIT = r"(?!(?:a|an|and|are|as|at|because|by|each|for|from|in|into|is|of|on|or|per|since|so|the|to|with)\b)"
 _UNIT = (
     r"(?:[ -]?(?:\\?%|percent\b|°[CF]?|\\text\s*\{[^{}]*\}(?:\^\{?\d\}?)?"
-    rf"|{_NO_UNIT}[a-zA-Z]+(?:\^\d|/[a-zA-Z]+|[²³])?))?"
+    rf"|(?:(?:square|cubic) )?{_NO_UNIT}[a-zA-Z]+(?:\^\d|/[a-zA-Z]+|[²³])?))?"
 )
 _POWER_OF_TEN = r"(?:[eE][-+]?\d+|\s*(?:×|x|\*)\s*10\s*\^\s*\{?[-−]?\d+\}?)?"
 _NUMBER = re.compile(
     r"(?<![\w.])[-−]?(?:\\?[$£€]\s?)?[-−]?(?:(?:\d{1,3}(?: \d{3})+(?!\d)|\d[\d,]*\d|\d)(?:\.\d+)?|\.\d+)"
     rf"{_POWER_OF_TEN}(?:\s*/\s*\d+|\s+\d+/\d+)?{_UNIT}"
 )
+# The numbers before the last one of a list.
+_LIST = re.compile(r"(?<![\w.])(?:[-−]?\d+(?:\.\d+)?,\s+)*[-−]?\d+(?:\.\d+)?,?\s+and\s+$")
 _PRONOUN = re.compile(r"\b(?:any|each|every|no|some|that|the|this|which) ?one\b", re.IGNORECASE)
 _BREAK = re.compile(r"\n|[.!?](?=\s|\*|$)|,?\s(?:because|since|which|where|so that|when|if)\b")
 
@@ -109,4 +111,7 @@ def _last(text: str) -> str | None:
         return spoken[0][0].strip()
     if formulas and not (numbers and numbers[-1].start() >= formulas[-1].end()):
         return _with_following(text, formulas[-1])
-    return numbers[-1][0].strip() if numbers else None
+    if not numbers:
+        return None
+    before = _LIST.search(text[: numbers[-1].start()])
+    return (before[0] if before else "") + numbers[-1][0].strip()

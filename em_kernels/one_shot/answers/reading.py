@@ -43,7 +43,7 @@ class Leaf:
 
     @property
     def words(self) -> str:
-        return re.sub(r"^the | ", "", _plain(self.text).casefold().strip("()"))
+        return re.sub(r"^(?:the|an?(?= \w{3})) | ", "", _plain(self.text).casefold().strip("()"))
 
 
 @dataclass(frozen=True)
@@ -228,13 +228,15 @@ def _value(text: str) -> Basic | MatrixBase | None:
         " ",
         text.replace(r"\text", "\\t \\text"),
     )
-    words = [word for word in re.findall("[a-zA-Z]{3,}", prose) if word not in _FUNCTIONS]
+    # Capitals before small letters, as in RCs, are factors.
+    found = re.findall(r"(?<![a-zA-Z])(?:[a-zA-Z][a-z]{2,}|[A-Z]{3,})(?![a-zA-Z])", prose)
+    words = [word for word in found if word not in _FUNCTIONS]
     if not text or words or re.search(r"\\text\s*\{", re.sub(r"_\s*\{(?:[^{}]|\{[^{}]*\})*\}", "", text)):
         return None
     # An E with an index is a name, which the library takes for Euler's number.
     named = re.sub(r"(?<![a-zA-Z\\])E(?=\s*_)", r"\\Xi ", text)
-    found = parse(f"${named}$", _PARSING, fallback_mode="no_fallback", parsing_timeout=None)
-    value = found[0] if found else None
+    parsed = parse(f"${named}$", _PARSING, fallback_mode="no_fallback", parsing_timeout=None)
+    value = parsed[0] if parsed else None
     if isinstance(value, MatrixBase):
         return value.as_immutable()
     return value if isinstance(value, Basic) else None

@@ -19,12 +19,23 @@ _PARTS = {
 }
 _PARTS |= {f"{word}s": part for word, part in _PARTS.items() if not word.startswith("hal")}
 _WORD = "|".join(sorted([*_VALUES, *_SCALES, *_PARTS, "minus", "negative", "point"], key=len, reverse=True))
-_RUN = re.compile(rf"\b(?:{_WORD})(?:(?:[\s-]+|\s+and\s+(?:a\s+)?)(?:{_WORD}))*\b", re.IGNORECASE)
+# A comma may stand between the thousands and the hundreds of a number.
+_AFTER_SCALE = r"(?:(?<=thousand)|(?<=million)|(?<=billion)),\s+"
+_RUN = re.compile(
+    rf"\b(?:a\s+(?=(?:{'|'.join(_PARTS)})\b))?(?:{_WORD})(?:(?:[\s-]+|{_AFTER_SCALE}|\s+and\s+(?:a\s+)?)(?:{_WORD}))*\b",
+    re.IGNORECASE,
+)
 
 
 def with_numerals(text: str) -> str:
     """The text with each number in words, fractions and decimals included, in numerals."""
-    return _RUN.sub(lambda match: _numeral(match[0].casefold()) or match[0], text)
+    return _RUN.sub(lambda match: _numeral(match[0].casefold()) or _each(match[0]), text)
+
+
+def _each(words: str) -> str:
+    """Numbers between commas, where the words are not one number."""
+    parts = words.split(", ")
+    return words if len(parts) == 1 else ", ".join(_numeral(part.casefold().strip()) or part for part in parts)
 
 
 def _numeral(words: str) -> str | None:
@@ -62,7 +73,7 @@ def _fraction(words: str) -> Fraction | None:
 
 def _integer(words: list[str]) -> int | None:
     total = group = 0
-    last = ""
+    last, scale = "", 10**12
     for word in words:
         if word in _VALUES:
             # 'Twenty one' is a number, 'one twenty' and 'two three' are not.
@@ -71,8 +82,9 @@ def _integer(words: list[str]) -> int | None:
             group += _VALUES[word]
         elif word == "hundred":
             group = max(group, 1) * 100
-        elif word in _SCALES:
-            total, group = total + max(group, 1) * _SCALES[word], 0
+        elif word in _SCALES and _SCALES[word] < scale:
+            scale = _SCALES[word]
+            total, group = total + max(group, 1) * scale, 0
         else:
             return None
         last = word
@@ -80,4 +92,4 @@ def _integer(words: list[str]) -> int | None:
 
 
 def _split(words: str) -> list[str]:
-    return [word for word in re.split(r"[\s-]+", words) if word not in ("", "and", "a")]
+    return [word for word in re.split(r"[\s,-]+", words) if word not in ("", "and", "a")]

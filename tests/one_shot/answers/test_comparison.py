@@ -50,6 +50,8 @@ _SAME = [
     ("52_8", "52"),
     ("\\text{Evelyn}", "Evelyn"),
     ("\\text{(C)}", "C"),
+    ("\\text{ellipse}", "an ellipse"),
+    ("\\frac{1}{RCs + 1}", "\\frac{1}{1 + R C s}"),
     ("two and a half", "2.5"),
     ("f(x)=\\frac{1}{x}", "1/x"),
     ("5x - 7y + 11z + 4 = 0", "11z+5x-7y=-4"),

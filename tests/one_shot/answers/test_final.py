@@ -26,6 +26,8 @@ from em_kernels.one_shot.answers.final import final_answer
         ("She has 3 apples. In the end, she has no one else's and twenty-five of her own.", "25"),
         ("So he saves 34 a month", "34"),
         ("Her net proceeds are $118 000.", "$118 000"),
+        ("So these are 3, 5, and 7.", "3, 5, and 7"),
+        ("In all that makes 15 square meters.", "15 square meters"),
         ("A third of it is -2.5e3 m", "-2.5e3 m"),
         ("Nothing comes of this.", None),
         ("", None),

@@ -4,7 +4,6 @@ from pathlib import Path
 import pytest
 
 from em_kernels.one_shot.data.fields import NoAnswerError
-from em_kernels.one_shot.errors import UsageError
 from em_kernels.one_shot.evaluation.tasks import read_tasks
 
 
@@ -42,23 +41,3 @@ def test_a_pool_needs_no_answers_where_none_are_asked_for(tmp_path: Path) -> Non
     assert [(problem.question, problem.answers) for problem in task.problems] == [("2 + 2?", ()), ("3 + 3?", ())]
     [built_in] = read_tasks(["built-in"], limit=3, note=print, with_answers=False)
     assert [problem.answers for problem in built_in.problems] == [(), (), ()]
-
-
-def test_a_data_set_of_the_hub(tmp_path: Path) -> None:
-    """`datasets` reads a folder as it reads a data set of the hub."""
-    pytest.importorskip("datasets")
-    _write(tmp_path / "pool" / "test.jsonl", {"question": "2 + 2?", "answer": "#### 4"})
-    _write(tmp_path / "pool" / "train.jsonl", {"question": "3 + 3?", "answer": "#### 6"})
-    for split, answer in (("", "4"), (":train", "6"), (":default:train", "6")):
-        [task] = read_tasks([f"hub:{tmp_path / 'pool'}{split}"], limit=None, note=print)
-        assert (task.name, [problem.answers for problem in task.problems]) == ("pool", [(answer,)])
-    with pytest.raises(UsageError, match=r'^hub:.*pool:dev cannot be read: .*"dev"'):
-        read_tasks([f"hub:{tmp_path / 'pool'}:dev"], limit=None, note=print)
-    with pytest.raises(UsageError, match="is no data set, expected hub:NAME"):
-        read_tasks(["hub:a:b:c:d"], limit=None, note=print)
-
-
-def test_a_hub_that_cannot_be_reached() -> None:
-    pytest.importorskip("datasets")
-    with pytest.raises(UsageError, match=r"^hub:nobody/nothing cannot be read: \S"):
-        read_tasks(["hub:nobody/nothing"], limit=None, note=print)
