@@ -55,9 +55,9 @@ def train(config: TrainConfig, output: str | Path, *, resume: bool = False, stat
     Under `accelerate launch`, every process calls this function. A run may be interrupted at any moment. If it is
     resumed with the same settings and number of processes, it ends on the CPU with the same parameters, bit for bit, as
     a run that was not interrupted; and a finished run goes on if it is resumed with more steps. After Ctrl-C or
-    SIGTERM, the step under way is finished and its state kept; an evaluation is left, but by several processes only
-    between its halves. A second signal leaves the step, too, and keeps the state of the last whole one, which several
-    processes cannot do: they leave what they have kept before.
+    SIGTERM, the step under way is finished and its state kept, and that of the step before as soon as it has sampled;
+    an evaluation is left, but by several processes only between its halves. A second signal leaves the step, too, and
+    keeps the state of the last whole one, which several processes cannot do: they leave what they have kept before.
 
     Args:
         config: the settings.
@@ -157,6 +157,8 @@ class _Loop:
         started = time.perf_counter()
         rollout = self._rollout(step)
         generated = time.perf_counter()
+        # Whoever asks may not wait for the whole step; the parameters are still those of the step before.
+        self._keep_if_asked()
         self.optimizer.zero_grad()
         stats = accumulate_gradient(
             self.accelerator,
@@ -304,11 +306,16 @@ class _Loop:
 
     def _leave_if_asked(self) -> None:
         """Keeps the state and raises Interrupted, in every process, if a signal has come to any of them."""
+        if signum := self._keep_if_asked():
+            raise Interrupted(signum)
+
+    def _keep_if_asked(self) -> int:
+        """Keeps the state if a signal has come to any process; returns the signal, or 0."""
         own = torch.tensor([self.interruption.signum], device=self.accelerator.device)
         if signum := int(self.accelerator.gather(own).max()):
             with self.interruption.held():
                 self._keep_state()
-            raise Interrupted(signum)
+        return signum
 
     def _agreed(self, of_the_first: Any) -> bool:
         """What the first process says, on every process."""

@@ -346,6 +346,33 @@ def test_interrupted_run_keeps_its_last_step_and_resumes_to_the_same_parameters(
     _assert_same_result(output, expected)
 
 
+def test_run_that_is_killed_before_the_step_ends_has_kept_the_step_before(
+    finished: tuple[TrainConfig, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, _ = finished
+    output = tmp_path / "run"
+    sample = Policy.sample
+
+    def interrupted(*given: Any, **named: Any) -> Any:
+        if named["description"].startswith("step 3"):
+            signal.raise_signal(signal.SIGTERM)
+        return sample(*given, **named)
+
+    class Killed(BaseException):
+        """Nothing that the loop answers, as it answers no SIGKILL."""
+
+    def killed(*given: Any, **named: Any) -> Any:
+        if (output / "state-2").exists():
+            raise Killed
+        return accumulate_gradient(*given, **named)
+
+    monkeypatch.setattr(Policy, "sample", interrupted)
+    monkeypatch.setattr(training, "accumulate_gradient", killed)
+    with pytest.raises(Killed):
+        train(config, output, state_every=100)
+    assert [row["step"] for row in _metrics(output)] == [1, 2]
+
+
 def test_resuming_a_finished_run_changes_nothing(
     finished: tuple[TrainConfig, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
