@@ -35,7 +35,7 @@ struct GradientOfBlock {
     // Subnormal factors would make every product of the block slow.
     const double w = d < -87 ? 0 : std::exp(d);
     a = static_cast<float>(w * row.a);
-    b = static_cast<float>(w * row.b * row.scale.inv_tau_exact);
+    b = static_cast<float>(w * row.b);
   }
 
   Float __attribute__((always_inline)) value(Float logits, Float e) const {

@@ -33,7 +33,7 @@ class Exponentials {
   std::vector<float> numbers_;
 };
 
-// The gradient e^d (a + b d) of a row with maximum m: what it is made of, and where it is written.
+// The gradient e^((z - m) / tau) (a + b (z - m)) of a row: what it is made of, and where it is written.
 struct PendingGradient {
   const void* z;
   const Exponentials* exponentials;

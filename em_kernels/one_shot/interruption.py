@@ -1,6 +1,7 @@
 """Ctrl-C and the termination signal of batch systems: the first asks a command to stop, the second to stop at once.
 
-A third ends the process. A command that has stopped exits with 128 plus the signal's number, 130 or 143, as if the
+A third ends the process. Python hears a signal when the operator under way has ended; two that come meanwhile are one
+to it. A command that has stopped exits with 128 plus the signal's number, 130 or 143, as if the
 signal had ended it.
 """
 

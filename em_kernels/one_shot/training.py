@@ -137,7 +137,7 @@ class _Loop:
             while self.taken < self.config.steps and not self._stopped():
                 with self.interruption.finishing(_STEP):
                     self._take_step(reference)
-                    self._leave_if_asked()
+                self._leave_if_asked()
                 self._keep_and_measure()
             self._keep_state()
             self._evaluate()

@@ -21,8 +21,10 @@ _PARTS |= {f"{word}s": part for word, part in _PARTS.items() if not word.startsw
 _WORD = "|".join(sorted([*_VALUES, *_SCALES, *_PARTS, "minus", "negative", "point"], key=len, reverse=True))
 # A comma may stand between the thousands and the hundreds of a number.
 _AFTER_SCALE = r"(?:(?<=thousand)|(?<=million)|(?<=billion)),\s+"
+# 'The third' is a place in an order.
+_IS_NO_PLACE = rf"(?:(?<!the )|(?!(?:{'|'.join(_PARTS)})\b))"
 _RUN = re.compile(
-    rf"\b(?:a\s+(?=(?:{'|'.join(_PARTS)})\b))?(?:{_WORD})(?:(?:[\s-]+|{_AFTER_SCALE}|\s+and\s+(?:a\s+)?)(?:{_WORD}))*\b",
+    rf"\b{_IS_NO_PLACE}(?:a\s+(?=(?:{'|'.join(_PARTS)})\b))?(?:{_WORD})(?:(?:[\s-]+|{_AFTER_SCALE}|\s+and\s+(?:a\s+)?)(?:{_WORD}))*\b",
     re.IGNORECASE,
 )
 
@@ -39,6 +41,9 @@ def _each(words: str) -> str:
 
 
 def _numeral(words: str) -> str | None:
+    # 'One thousand, two hundred' is a number, 'one thousand, two' a list.
+    if any(not re.search("hundred|thousand|million|and", part) for part in words.split(", ")[1:]):
+        return None
     sign, rest = "", words
     if match := re.match(r"(?:minus|negative)\s+", words):
         sign, rest = "-", words[match.end() :]
@@ -81,6 +86,8 @@ def _integer(words: list[str]) -> int | None:
                 return None
             group += _VALUES[word]
         elif word == "hundred":
+            if group >= 100:
+                return None
             group = max(group, 1) * 100
         elif word in _SCALES and _SCALES[word] < scale:
             scale = _SCALES[word]

@@ -140,16 +140,20 @@ class Grader:
             env=environment,
         )
         assert process.stdout is not None
-        assert process.stderr is not None
+        self._process = process
         limit = self._seconds * _PATIENCE
-        with _killed_after(limit, process) as late:
-            ready = process.stdout.readline().strip() == '"ready"'
+        try:
+            with _killed_after(limit, process) as late:
+                # Python itself may be set up to say something first.
+                ready = any(line.strip() == '"ready"' for line in iter(process.stdout.readline, ""))
+        except BaseException:
+            self._end()
+            raise
         if not ready:
-            said = process.stderr.read().strip().rpartition("\n")[2]
-            process.kill()
+            self._process = None
+            said = process.communicate()[1].strip().rpartition("\n")[2] or f"it ended with status {process.returncode}"
             reason = f"not ready within {limit:g} s" if late.is_set() else said
             raise RuntimeError(f"the process that grades answers cannot be started: {reason}")
-        self._process = process
         return process
 
     def _end(self) -> None:

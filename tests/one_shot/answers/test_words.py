@@ -21,6 +21,11 @@ from em_kernels.one_shot.answers.words import with_numerals
         ("a quarter of the pizza", "1/4 of the pizza"),
         ("two and a half", "5/2"),
         ("two and three", "two and three"),
+        ("one thousand, two", "1000, 2"),
+        ("ten thousand, five and six", "10000, five and six"),
+        ("five hundred two hundred", "five hundred two hundred"),
+        ("twenty-five hundred", "2500"),
+        ("The third of the seven", "The third of the 7"),
         ("someone often weighs tonnes", "someone often weighs tonnes"),
     ],
 )

@@ -77,6 +77,13 @@ def test_entropy_and_gradient_are_accurate(instructions, vocab, dtype, offset, t
     assert_gradient_close(from_saved[0], gradient, 1 / temperature)
 
 
+@pytest.mark.parametrize("temperature", [1e-29, 1e-20, 1e20, 1e29])
+def test_gradient_is_accurate_where_the_square_of_the_temperature_is_no_float(instructions, temperature):
+    logits = torch.randn(1, 3, 4099) * temperature
+    _, grad = entropy_with_gradient(logits, temperature=temperature)
+    assert_gradient_close(grad[0], exact(logits[0], 1 / temperature).entropy_gradient(1 / temperature))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("vocab", VOCABS, ids="V{}".format)
 def test_capped_logits_are_accurate(instructions, vocab, dtype):

@@ -163,7 +163,8 @@ class Server:
                 delay = max(_FIRST_DELAY * 2**attempt, error.seconds) * random.uniform(1.0, 1.5)
             if attempt + 1 < _ATTEMPTS and stopped.wait(min(delay, _LONGEST_DELAY)):
                 break
-        raise UsageError(f"server {self._url}: {reason}, {_ATTEMPTS} times in a row")
+        times = f", {attempt + 1} times in a row" if attempt else ""
+        raise UsageError(f"server {self._url}: {reason}{times}")
 
     def _ask(self, request: Request, sampling: Sampling) -> Generated:
         knew = self._knows_neutral
