@@ -24,7 +24,7 @@ _OTHERS = ("eager PyTorch", "`torch.compile`")
 def sentences(runs: dict[str, list[Row]], device: str) -> str:
     """Return the speed and memory of both losses on one machine, beside eager PyTorch and `torch.compile`."""
     logits, hidden = shapes_of(runs["entropy_loss"]), shapes_of(runs["linear_entropy"])
-    said = [text for text in (_of_logits(logits), _of_hidden(hidden)) if text]
+    said = [text for text in (_of_logits(logits, device), _of_hidden(hidden)) if text]
     if not said:
         return ""
     machine = _machine(runs)
@@ -61,7 +61,7 @@ def summary_table(runs: dict[str, list[Row]], device: str) -> str:
     return "\n\n".join(part for part in (text, notes, legend(text)) if part)
 
 
-def _of_logits(shapes: list[Shape]) -> str:
+def _of_logits(shapes: list[Shape], device: str) -> str:
     parts = []
     for dtype, found in by_dtype(shapes).items():
         speeds = {name: ratios(found, _COLUMNS[name][0], _COLUMNS["ours"][0], _seconds) for name in _OTHERS}
@@ -72,10 +72,14 @@ def _of_logits(shapes: list[Shape]) -> str:
         return ""
     text = f"`entropy_loss` and its gradient are computed {'; '.join(parts)}."
     beyond = values(shapes, _COLUMNS["ours"][0], _mebibytes_beyond_gradient)
+    if not beyond:
+        return text
     # The number is rounded up, because a bound must not be lower than what was measured.
-    return (
-        f"{text} They take at most {math.ceil(10 * max(0, *beyond)) / 10} MiB beyond the gradient." if beyond else text
-    )
+    most = math.ceil(10 * max(0, *beyond)) / 10
+    # A thread takes them in the first call, and the second is measured.
+    kept = " and two rows of float32 that each thread keeps" if device == "cpu" else ""
+    amount = f"at most {most} MiB" if most else "no memory"
+    return f"{text} They take {amount} beyond the gradient{kept}."
 
 
 def _of_hidden(shapes: list[Shape]) -> str:

@@ -236,10 +236,10 @@ def test_the_readme_gives_the_range_over_all_shapes(written):
     assert said == (
         "On 2 threads of one A processor, `entropy_loss` and its gradient are computed 3.0 to 16 times as fast as "
         "eager PyTorch and 2.4 times as fast as `torch.compile` in float32; 0.90 times as fast as eager PyTorch and "
-        "0.50 times as fast as `torch.compile` in float16. They take at most 0.3 MiB beyond the gradient. "
-        "`linear_entropy_loss` and its gradients take 1.1 times as long as the three matmuls in them (eager PyTorch "
-        "1.8), and 40 to 50 MiB for 512 to 2,048 tokens where eager PyTorch takes 50 to 200. These are the ranges over "
-        "all measured shapes, 4 of logits and 3 of hidden states."
+        "0.50 times as fast as `torch.compile` in float16. They take at most 0.3 MiB beyond the gradient and two rows "
+        "of float32 that each thread keeps. `linear_entropy_loss` and its gradients take 1.1 times as long as the "
+        "three matmuls in them (eager PyTorch 1.8), and 40 to 50 MiB for 512 to 2,048 tokens where eager PyTorch takes "
+        "50 to 200. These are the ranges over all measured shapes, 4 of logits and 3 of hidden states."
     )
     assert "| float32 logits, time over a copy's, 2 shapes | 30 to 40 | 6.0 (1 shape), failed at 1 shape |" in readme
     assert "| 10 to 20 | 2.5 to 10 |  | 2.0 (1 shape) |  |" in readme
