@@ -11,7 +11,8 @@ struct Dtypes {
   static constexpr Dtype from = kFrom, to = kTo;
 };
 
-// The gradient by a block of n logits, a vector at a time in any order.
+// The gradient by a block of n logits, a vector at a time in any order. All of it is inlined: members in memory would be
+// read again after each store, which may have changed them for all that the compiler knows.
 template <class D>
 struct GradientOfBlock {
   const void* z;
@@ -48,7 +49,7 @@ struct GradientOfBlock {
     i += head;
     if (i + EM_LANES > n) return;
     const Float v = value(load(element(z, i, D::from), D::from), load(exponentials + i));
-    // What is stored in the cache is fetched for it: 2 KiB earlier, in time even from memory.
+    // What is stored in the cache is fetched for it, 512 numbers earlier: in time even from memory.
     if (!past_cache) __builtin_prefetch(element(out, i + 512, D::to), 1);
     store(element(out, i, D::to), v, D::to, past_cache);
   }
