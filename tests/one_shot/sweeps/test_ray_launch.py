@@ -88,15 +88,28 @@ def test_no_cluster_is_one_line(address: str, tmp_path: Path, capsys: pytest.Cap
     assert not (tmp_path / "s").exists()
 
 
-def test_a_cancelled_task_ends_its_process_where_ctrl_c_is_ignored(tmp_path: Path) -> None:
+def _interrupt_once_it_exists(file: Path, stop: threading.Event) -> None:
+    while not (file.exists() or stop.is_set()):
+        time.sleep(0.01)
+    if not stop.is_set():
+        # Ray interrupts the main thread of a worker by this very call.
+        _thread.interrupt_main()
+
+
+@pytest.mark.slow
+def test_a_cancelled_task_ends_its_process_where_ctrl_c_is_ignored(tiny_folder: Path, tmp_path: Path) -> None:
+    command = f"train --model {tiny_folder} --prompt 2+2? --steps 100000 --batch-size 2 --max-new-tokens 4"
+    command += f" --evaluation-size 0 --output {tmp_path / 'run'}"
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # Ray interrupts the main thread of a worker by this very call.
-    cancel = threading.Timer(0.5, _thread.interrupt_main)
+    stop = threading.Event()
+    cancel = threading.Thread(target=_interrupt_once_it_exists, args=(tmp_path / "run" / "metrics.jsonl", stop))
     cancel.start()
     try:
         with pytest.raises(KeyboardInterrupt):
-            _train(["info"], tmp_path / "log", str(tmp_path))
+            _train(command.split(), tmp_path / "log", str(tmp_path))
     finally:
+        stop.set()
         cancel.join()
         signal.signal(signal.SIGINT, handler)
-    assert "backends on cpu" not in (tmp_path / "log").read_text()
+    assert not train_processes(tmp_path / "run")
+    assert "--resume" in (tmp_path / "log").read_text().splitlines()[-1]
