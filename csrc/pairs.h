@@ -6,11 +6,6 @@
 namespace {
 namespace EM_NAMESPACE {
 
-template <Dtype kFrom, Dtype kTo>
-struct Dtypes {
-  static constexpr Dtype from = kFrom, to = kTo;
-};
-
 // The gradient by a block of n logits, a vector at a time in any order. All of it is inlined: members in memory would be
 // read again after each store, which may have changed them for all that the compiler knows.
 template <class D>
@@ -107,16 +102,6 @@ EM_INLINE void gradient_alone(const PendingGradient& row, int64_t n) {
   for (int64_t start = 0; start < n; start += kBlock) {
     GradientOfBlock<D>(row, start, std::min(kBlock, n - start)).rest(0);
   }
-}
-
-// Calls the function with Dtypes. A gradient of logits of 16 bits has their dtype.
-template <class Function>
-EM_INLINE auto with_dtypes(Dtype from, Dtype to, const Function& function) {
-  if (from == kBFloat16) return function(Dtypes<kBFloat16, kBFloat16>());
-  if (from == kFloat16) return function(Dtypes<kFloat16, kFloat16>());
-  if (to == kBFloat16) return function(Dtypes<kFloat32, kBFloat16>());
-  if (to == kFloat16) return function(Dtypes<kFloat32, kFloat16>());
-  return function(Dtypes<kFloat32, kFloat32>());
 }
 
 // The sums of a row for its entropy, whose exponentials are kept; writes the gradient of the row before, unless it is NULL.

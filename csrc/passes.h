@@ -186,27 +186,31 @@ EM_INLINE void gradient(const void* z, const float* slopes, int64_t n, Dtype dty
   }
 }
 
-void gradient_block(const void* z, const float* slopes, int64_t n, Dtype dtype, float m, const Scale& scale,
-                    const Polynomial& polynomial, bool exact, bool past_cache, void* out, Dtype out_dtype) {
-  // One loop for each choice, made before it.
-  const auto with = [&](Dtype from, Dtype to) __attribute__((always_inline)) {
-    exact ? gradient(z, slopes, n, from, m, scale, polynomial, true, past_cache, out, to)
-          : gradient(z, slopes, n, from, m, scale, polynomial, false, past_cache, out, to);
-  };
-  if (dtype == kBFloat16) {
-    with(kBFloat16, kBFloat16);
-  } else if (dtype == kFloat16) {
-    with(kFloat16, kFloat16);
-  } else if (out_dtype == kFloat32) {
-    with(kFloat32, kFloat32);
-  } else if (out_dtype == kBFloat16) {
-    with(kFloat32, kBFloat16);
-  } else {
-    with(kFloat32, kFloat16);
-  }
+// What a gradient's loop is compiled for.
+template <Dtype kFrom, Dtype kTo>
+struct Dtypes {
+  static constexpr Dtype from = kFrom, to = kTo;
+};
+
+// Calls the function with Dtypes: one loop for each choice, made before it. A gradient of logits of 16 bits has their dtype.
+template <class Function>
+EM_INLINE auto with_dtypes(Dtype from, Dtype to, const Function& function) {
+  if (from == kBFloat16) return function(Dtypes<kBFloat16, kBFloat16>());
+  if (from == kFloat16) return function(Dtypes<kFloat16, kFloat16>());
+  if (to == kBFloat16) return function(Dtypes<kFloat32, kBFloat16>());
+  if (to == kFloat16) return function(Dtypes<kFloat32, kFloat16>());
+  return function(Dtypes<kFloat32, kFloat32>());
 }
 
-// A gradient of logits of 16 bits has their dtype.
+void gradient_block(const void* z, const float* slopes, int64_t n, Dtype dtype, float m, const Scale& scale,
+                    const Polynomial& polynomial, bool exact, bool past_cache, void* out, Dtype out_dtype) {
+  with_dtypes(dtype, out_dtype, [&](auto dtypes) __attribute__((always_inline)) {
+    using D = decltype(dtypes);
+    exact ? gradient(z, slopes, n, D::from, m, scale, polynomial, true, past_cache, out, D::to)
+          : gradient(z, slopes, n, D::from, m, scale, polynomial, false, past_cache, out, D::to);
+  });
+}
+
 void row_gradient(const void* z, int64_t n, Dtype dtype, float m, const Scale& scale, const Softcap& cap,
                   const Polynomial& polynomial, bool exact, bool past_cache, void* out, Dtype out_dtype) {
   Block block;
