@@ -6,7 +6,7 @@ from torch import distributed as dist
 
 from em_kernels.arguments.checks import check_logits, choose_backend
 from em_kernels.arguments.inplace import check_inplace
-from em_kernels.arguments.reduction import reduction_of
+from em_kernels.arguments.reduction import divisor_of, reduced
 from em_kernels.arguments.sharding import group_of, local_divisor, local_logits, local_per_token
 from em_kernels.arguments.tokens import Source, tokens_of
 from em_kernels.ops import logits as operators
@@ -65,11 +65,11 @@ def entropy_loss(
     """
     logits, shard, layout = local_logits(logits, process_group)
     check_logits(logits, sharded=shard is not None)
-    source = Source("logits", logits)
+    source = Source("logits", logits, logits.shape[:-1])
     mask, temperature = local_per_token(layout, mask=mask, temperature=temperature)
     tokens = tokens_of(source, mask, temperature)
     num_items_in_batch = local_divisor(reduction, num_items_in_batch, layout)
-    reduce = reduction_of(reduction, num_items_in_batch, tokens, source)
+    divisor = divisor_of(reduction, num_items_in_batch, tokens, source)
     backend = choose_backend(backend, logits.device, logits.dtype)
 
     needs_grad = logits.requires_grad and torch.is_grad_enabled()
@@ -81,7 +81,7 @@ def entropy_loss(
         return operators.entropy_with_gradient(
             logits,
             tokens.token_weight,
-            reduce.divisor,
+            divisor,
             tokens.temperature,
             backend,
             needs_gradient=needs_grad,
@@ -91,7 +91,7 @@ def entropy_loss(
     statistics = operators.row_statistics(
         rows_of_logits(logits), tokens.kept, tokens.temperature, None, Wanted(), place, inplace_backward=in_place
     )
-    return reduce.of(statistics.entropy, tokens)
+    return reduced(statistics.entropy, reduction, divisor, tokens)
 
 
 class EntropyLoss(nn.Module):

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from em_kernels.arguments.projection import chunking_of, operands_of
-from em_kernels.arguments.reduction import reduction_of
+from em_kernels.arguments.reduction import divisor_of, reduced
 from em_kernels.arguments.sharding import local_divisor, local_per_token
 from em_kernels.arguments.tokens import tokens_of
 from em_kernels.ops.hidden import registered as operators
@@ -105,19 +105,19 @@ def linear_entropy_loss(
         operands, tokens.kept, chunk_size=chunk_size, token_count=token_count, grad_tolerance=grad_tolerance
     )
     num_items_in_batch = local_divisor(reduction, num_items_in_batch, layout)
-    reduce = reduction_of(reduction, num_items_in_batch, tokens, source)
+    divisor = divisor_of(reduction, num_items_in_batch, tokens, source)
     place = operands.place(backend)
 
     trainable = (operands.rows, operands.head.weight, operands.head.bias)
     needs_grad = any(x is not None and x.requires_grad for x in trainable)
     if reduction != "none" and needs_grad and torch.is_grad_enabled():
         return operators.entropy_with_gradient(
-            operands.rows, operands.head, tokens.token_weight, reduce.divisor, tokens.temperature, chunking, place
+            operands.rows, operands.head, tokens.token_weight, divisor, tokens.temperature, chunking, place
         )
     statistics = operators.row_statistics(
         operands.rows, operands.head, tokens.kept, tokens.temperature, None, Wanted(), chunking, place
     )
-    return reduce.of(statistics.entropy, tokens)
+    return reduced(statistics.entropy, reduction, divisor, tokens)
 
 
 class LinearEntropyLoss(nn.Module):

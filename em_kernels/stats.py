@@ -225,7 +225,7 @@ def _of_logits(
 ) -> tuple[Statistics, torch.Size]:
     logits, shard, layout = local_logits(logits, process_group)
     check_logits(logits, sharded=shard is not None)
-    source = Source("logits", logits)
+    source = Source("logits", logits, logits.shape[:-1])
     mask, target, temperature = local_per_token(layout, mask=mask, target=target, temperature=temperature)
     tokens = tokens_of(source, mask, temperature)
     target = rows_of_target(target, source, tokens.kept, logits.shape[-1], shard)

@@ -8,13 +8,14 @@ from torch import Tensor
 
 from em_kernels.ops import backend as backends
 from em_kernels.ops.autograd import is_traced
+from em_kernels.ops.types import host_sees
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def values_visible(tensor: Tensor) -> bool:
     """Whether the values can be looked at without a synchronisation, a graph break or a trace that forgets the look."""
-    return tensor.device.type == "cpu" and not is_traced(tensor)
+    return host_sees(tensor) and not is_traced(tensor)
 
 
 def check_tensor(name: str, value: Any) -> None:
@@ -36,10 +37,12 @@ def check_logits(logits: Any, *, sharded: bool) -> None:
 
 def as_float(name: str, value: Any) -> float:
     """A Python or NumPy number, integers included, as a float."""
+    if isinstance(value, float):
+        return value
     # NumPy's numbers are registered as the abstract kinds of numbers; torch.compile knows only Python's own.
-    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
+    if isinstance(value, bool) or not isinstance(value, (int, numbers.Real)):
         raise TypeError(f"{name} is a {type(value).__name__}, expected a float")
-    return value if isinstance(value, (int, float)) else float(value)
+    return value if isinstance(value, int) else float(value)
 
 
 def as_integer(name: str, value: Any, expected: str) -> int:

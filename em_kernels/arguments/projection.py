@@ -61,7 +61,8 @@ def operands_of(
     hidden, weight, bias = _autocast(hidden, weight, bias)
     _check_operands(hidden, weight, bias, sharded=shard is not None)
     head = Head(weight, bias, _softcap(softcap), _logits_dtype(logits_dtype, hidden))
-    return Operands(Source("hidden", hidden), hidden.reshape(-1, hidden.shape[-1]), head, shard, layout)
+    source = Source("hidden", hidden, hidden.shape[:-1])
+    return Operands(source, hidden.reshape(-1, hidden.shape[-1]), head, shard, layout)
 
 
 def chunking_of(

@@ -1,7 +1,5 @@
 """What the losses make of the rows' entropies: their weighted mean, their sum, or the entropies themselves."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -12,31 +10,29 @@ from em_kernels.ops.types import Divisor
 _REDUCTIONS = ("mean", "sum", "none")
 
 
-class Reduction(NamedTuple):
-    """A reduction by its name, and what it divides the sum by."""
-
-    name: str
-    divisor: Divisor
-
-    def of(self, entropy: Tensor, tokens: Tokens) -> Tensor:
-        """The loss of the rows' entropies, which are 0 where masked; of the tokens' shape with "none"."""
-        weight = tokens.token_weight
-        if self.name != "none":
-            return self.divisor.reduced(entropy, weight)
-        return (entropy if weight is None or weight.dtype == torch.bool else entropy * weight).view(tokens.shape)
-
-
-def reduction_of(name: str, num_items: int | Tensor | None, tokens: Tokens, source: Source) -> Reduction:
-    """The reduction with the divisor of "mean": num_items_in_batch, or where that is None, the sum of the weights."""
-    if name not in _REDUCTIONS:
-        raise ValueError(f"reduction is {name!r}, expected one of {', '.join(map(repr, _REDUCTIONS))}")
+def divisor_of(reduction: str, num_items: int | Tensor | None, tokens: Tokens, source: Source) -> Divisor:
+    """The divisor of "mean", num_items_in_batch or where that is None, the sum of the weights; 1 of the others."""
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f"reduction is {reduction!r}, expected one of {', '.join(map(repr, _REDUCTIONS))}")
     if num_items is not None:
-        if name != "mean":
-            raise ValueError(f"num_items_in_batch is the divisor of reduction='mean', given with reduction={name!r}")
-        return Reduction(name, _given_divisor(num_items, source))
-    if name == "mean" and tokens.token_weight is not None:
-        return Reduction(name, Divisor(of_weights=True))
-    return Reduction(name, Divisor(number=_at_least_1(source.shape.numel())) if name == "mean" else Divisor())
+        if reduction != "mean":
+            raise ValueError(
+                f"num_items_in_batch is the divisor of reduction='mean', given with reduction={reduction!r}"
+            )
+        return _given_divisor(num_items, source)
+    if reduction != "mean":
+        return Divisor()
+    if tokens.token_weight is not None:
+        return Divisor(of_weights=True)
+    return Divisor(number=tokens.shape.numel() or 1)
+
+
+def reduced(entropy: Tensor, reduction: str, divisor: Divisor, tokens: Tokens) -> Tensor:
+    """The loss of the rows' entropies, which are 0 where masked; of the tokens' shape with "none"."""
+    weight = tokens.token_weight
+    if reduction != "none":
+        return divisor.reduced(entropy, weight)
+    return (entropy if weight is None or weight.dtype == torch.bool else entropy * weight).view(tokens.shape)
 
 
 def _given_divisor(num_items: int | Tensor, source: Source) -> Divisor:
@@ -51,8 +47,4 @@ def _given_divisor(num_items: int | Tensor, source: Source) -> Divisor:
     count = as_integer("num_items_in_batch", num_items, expected)
     if count < 0:
         raise ValueError(f"num_items_in_batch is {count}, expected at least 0")
-    return Divisor(number=_at_least_1(count))
-
-
-def _at_least_1(count: int) -> int:
-    return count if count != 0 else 1
+    return Divisor(number=count or 1)

@@ -12,6 +12,9 @@ from torch import distributed as dist
 
 from em_kernels.ops import sharded
 
+# What most arguments are, told by one comparison.
+_PLAIN = (Tensor, torch.nn.Parameter, type(None), float, int)
+
 
 class VocabShard(NamedTuple):
     """The ranks that share the columns of the logits: the name of their process group.
@@ -83,7 +86,10 @@ def local_operands(
 
 def local_per_token(layout: Layout | None, **values: Any) -> tuple[Any, ...]:
     """This rank's part of each value per token, named by its argument: of a DTensor that lies as the tokens do."""
-    return tuple([_local(name, value, layout) if _is_dtensor(value) else value for name, value in values.items()])
+    for name, value in values.items():
+        if _is_dtensor(value):
+            values[name] = _local(name, value, layout)
+    return tuple(values.values())
 
 
 def local_divisor(reduction: str, num_items: Any, layout: Layout | None) -> Any:
@@ -108,7 +114,7 @@ def _local(name: str, value: Any, layout: Layout | None) -> Tensor:
 
 
 def _is_dtensor(value: object) -> TypeGuard[Any]:
-    if not isinstance(value, Tensor) or type(value) in (Tensor, torch.nn.Parameter):
+    if type(value) in _PLAIN or not isinstance(value, Tensor):
         return False
     # Importing the class takes longer than all of this package, so plain tensors do not.
     from torch.distributed.tensor import DTensor

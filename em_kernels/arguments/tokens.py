@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from em_kernels.arguments.checks import as_float, check_tensor, values_visible
 from em_kernels.arguments.sharding import VocabShard
@@ -17,14 +18,11 @@ _LOWEST_TEMPERATURE, _HIGHEST_TEMPERATURE = 1e-30, 1e30
 
 
 class Source(NamedTuple):
-    """The tensor whose leading dimensions are the tokens, and the name that the caller knows it by."""
+    """The tensor whose leading dimensions are the tokens, the name that the caller knows it by, and that shape."""
 
     name: str
     tensor: Tensor
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.tensor.shape[:-1]
+    shape: torch.Size
 
     @property
     def dtype(self) -> torch.dtype:
@@ -107,7 +105,7 @@ def _temperature(temperature: float | Tensor, source: Source) -> Temperature:
     tau = as_float("temperature", temperature)
     if not _LOWEST_TEMPERATURE <= tau <= _HIGHEST_TEMPERATURE:
         raise ValueError(f"temperature is {tau}, expected a value above 0 (1e-30 to 1e30)")
-    if torch.compiler.is_compiling():
+    if is_compiling():
         # As an operator's float argument it would be burnt into the graph; a factor of a tensor may change.
         return _per_row(torch.ones((), dtype=source.dtype, device=source.tensor.device) * tau, source)
     return Temperature(None, tau)
@@ -155,7 +153,8 @@ def _check_not_negative(mask: Tensor) -> None:
 
 
 def _flat(values: Tensor) -> Tensor:
-    values = values if values.dim() == 1 and values.is_contiguous() else values.reshape(-1).contiguous()
+    if values.dim() != 1 or not values.is_contiguous():
+        values = values.reshape(-1).contiguous()
     # Only floating-point tensors can have a gradient or a lazy sign.
     return values.detach().resolve_neg() if values.is_floating_point() else values
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from em_kernels.ops.types import Upstream, host_sees
 
@@ -20,7 +21,7 @@ def is_traced(*operands: Tensor) -> bool:
     torch.compile, torch.jit.trace, a TorchDispatchMode (make_fx, fake tensors, FLOP counters) and tensor subclasses do.
     """
     return (
-        torch.compiler.is_compiling()
+        is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None
         or not _PLAIN.issuperset(map(type, operands))
@@ -29,7 +30,7 @@ def is_traced(*operands: Tensor) -> bool:
 
 def refuse_unsupported(*operands: Tensor | None) -> None:
     """Raises RuntimeError under torch.func's transforms, and for dual tensors of forward-mode differentiation."""
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError("em_kernels does not run under torch.func's transforms (vmap, grad, jvp, ...)")
@@ -80,7 +81,7 @@ def scaled_gradients(
 
 
 def _refuse_batched(*gradients: Tensor | None) -> None:
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return
     for g in gradients:
         if g is not None and torch._C._functorch.is_legacy_batchedtensor(g):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from em_kernels.ops.backends import native, triton
 from em_kernels.ops.backends import torch as pytorch
-from em_kernels.ops.types import Divisor, Saved, Statistics, Sums, Temperature, Upstream, Wanted
+from em_kernels.ops.types import CPU, Divisor, Saved, Statistics, Sums, Temperature, Upstream, Wanted
 
 
 class Backend(Protocol):
@@ -92,8 +92,8 @@ class Backend(Protocol):
 class _Registered(NamedTuple):
     unavailable_reason: Callable[[torch.device, torch.dtype], str | None]
     load: Callable[[], Backend]
-    # The kinds of device on which the backend is taken unasked; None for all.
-    chosen_on: tuple[str, ...] | None = None
+    # Whether the backend is taken unasked for tensors on the CPU.
+    chosen_on_cpu: bool = True
 
 
 def _triton() -> Backend:
@@ -105,7 +105,7 @@ def _triton() -> Backend:
 
 # In the order of preference.
 _REGISTRY = {
-    "triton": _Registered(triton.unavailable_reason, _triton, chosen_on=("cuda",)),
+    "triton": _Registered(triton.unavailable_reason, _triton, chosen_on_cpu=False),
     "native": _Registered(native.unavailable_reason, lambda: native),
     "torch": _Registered(lambda device, dtype: None, lambda: pytorch),
 }
@@ -123,7 +123,7 @@ def choose(device: torch.device, dtype: torch.dtype) -> str:
     """The name of the first backend that runs on tensors of this device and dtype and is taken there unasked."""
     # A generator would be half of the time that this takes.
     for name, entry in _REGISTRY.items():
-        if (entry.chosen_on is None or device.type in entry.chosen_on) and not entry.unavailable_reason(device, dtype):
+        if (entry.chosen_on_cpu or device != CPU) and not entry.unavailable_reason(device, dtype):
             return name
     raise AssertionError("the backend 'torch' runs everywhere")
 

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# A device is compared with it in a fraction of the time in which `device.type` makes a string.
+CPU = torch.device("cpu")
 RowIndex = slice | Tensor
 
 
@@ -21,7 +23,7 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def host_sees(tensor: Tensor) -> bool:
     """Whether the host can look at the tensor's values without waiting for a device."""
-    return tensor.device.type == "cpu"
+    return tensor.device == CPU
 
 
 def rows_of_logits(logits: Tensor) -> Tensor:
