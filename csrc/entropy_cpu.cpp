@@ -38,143 +38,185 @@
 
 #define EM_EXPORT extern "C" __attribute__((visibility("default")))
 
-// Arguments that all functions share.
-//   logits        rows of `vocab` numbers of `dtype`, as dtypes.h numbers them; row r starts
-//                 (r / inner) * outer_stride + (r % inner) * inner_stride numbers after the first.
-//   softcap       the soft cap of the logits, or 0 for none.
-//   kept          of each row, uint8, or NULL; a row that is not kept is not read, and all its results are 0.
-//   target        of each row, or NULL. One that lies outside [0, vocab) is no column.
-//   temperature   of each row, or NULL: temperature_all is that of every row.
-//   out           the gradient's rows, of out_dtype and with two strides as the logits' are; or logits itself: each
-//                 gradient row replaces its logits.
-//   threads       the most threads to use; small inputs stay on the calling thread.
+// A function takes the address of its arguments, which native.py packs in this order: Python converts them all at once in a
+// fifth of the time that it needs for them one by one.
 
-// Sets the sums of every row over all columns but the target's. b may be NULL, and so may all of count, sum_d and sum_e2.
-EM_EXPORT void em_row_sums(const void* logits, int dtype, int64_t inner, int64_t outer_stride, int64_t inner_stride,
-                           int64_t rows, int64_t vocab, double softcap, const uint8_t* kept, const int64_t* target,
-                           const float* temperature, double temperature_all, float* m, float* s, float* a, float* b,
-                           float* count, float* sum_d, float* sum_e2, int threads) {
-  const Logits z{logits, static_cast<Dtype>(dtype), inner, outer_stride, inner_stride};
-  const Softcap cap(softcap);
-  const Wanted wanted = count ? Wanted::kExtra : b ? Wanted::kSecondMoment : Wanted::kEntropy;
-  for_each_row(rows, vocab, rows_at_a_time(vocab), threads, [&](int64_t r) {
+// What every function is given.
+struct Given {
+  Logits logits;
+  int64_t rows, vocab;
+  double softcap;   // Of the logits, or 0 for none.
+  int64_t threads;  // The most to use; small inputs stay on the calling thread.
+};
+
+struct Temperature {
+  const float* of_row;  // Or NULL, and `of_all` is that of every row.
+  double of_all;
+
+  Scale operator[](int64_t r) const { return Scale::of_temperature(of_row ? of_row[r] : of_all); }
+};
+
+// A row that is not kept is not read, and all its results are 0.
+struct Kept {
+  const uint8_t* rows;  // Or NULL, where all are.
+
+  bool operator[](int64_t r) const { return !rows || rows[r]; }
+};
+
+struct Target {
+  const int64_t* columns;  // Of each row, or NULL. One that lies outside [0, vocab) is no column.
+
+  int64_t operator[](int64_t r) const { return columns ? columns[r] : -1; }
+};
+
+struct RowSums {
+  Given given;
+  Kept kept;
+  Target target;
+  Temperature temperature;
+  float *m, *s, *a, *b, *count, *sum_d, *sum_e2;  // b may be NULL, and so may all of count, sum_d and sum_e2.
+};
+
+// Sets the sums of every row over all columns but the target's.
+EM_EXPORT void em_row_sums(const RowSums* arguments) {
+  const RowSums& at = *arguments;
+  const Given& in = at.given;
+  const Softcap cap(in.softcap);
+  const Wanted wanted = at.count ? Wanted::kExtra : at.b ? Wanted::kSecondMoment : Wanted::kEntropy;
+  for_each_row(in.rows, in.vocab, rows_at_a_time(in.vocab), in.threads, [&](int64_t r) {
     Sums sums{};
-    if (!kept || kept[r]) {
-      const Scale scale = Scale::of_temperature(temperature ? temperature[r] : temperature_all);
-      sums = kernels().row_sums(z[r], vocab, z.dtype, target ? target[r] : -1, scale, cap, wanted);
+    if (at.kept[r]) {
+      const Logits& z = in.logits;
+      sums = kernels().row_sums(z[r], in.vocab, z.dtype, at.target[r], at.temperature[r], cap, wanted);
     }
-    m[r] = sums.m;
-    s[r] = static_cast<float>(sums.s);
-    a[r] = static_cast<float>(sums.a);
-    if (b) b[r] = static_cast<float>(sums.b);
-    if (!count) return;
-    count[r] = static_cast<float>(sums.count);
-    sum_d[r] = static_cast<float>(sums.sum_d);
-    sum_e2[r] = static_cast<float>(sums.sum_e2);
+    at.m[r] = sums.m;
+    at.s[r] = static_cast<float>(sums.s);
+    at.a[r] = static_cast<float>(sums.a);
+    if (at.b) at.b[r] = static_cast<float>(sums.b);
+    if (!at.count) return;
+    at.count[r] = static_cast<float>(sums.count);
+    at.sum_d[r] = static_cast<float>(sums.sum_d);
+    at.sum_e2[r] = static_cast<float>(sums.sum_e2);
   });
 }
 
-// Sets the statistics of every row, and in `saved`, (7, rows), what its gradient needs. A row whose target is out of
-// range is NaN. logprob is NULL where target is; varentropy and extra, (4, rows), may be NULL.
-EM_EXPORT void em_row_statistics(const void* logits, int dtype, int64_t inner, int64_t outer_stride,
-                                 int64_t inner_stride, int64_t rows, int64_t vocab, double softcap, const uint8_t* kept,
-                                 const int64_t* target, const float* temperature, double temperature_all,
-                                 float* entropy, float* lse, float* logprob, float* varentropy, float* extra,
-                                 float* saved, int threads) {
-  const Logits z{logits, static_cast<Dtype>(dtype), inner, outer_stride, inner_stride};
-  const Softcap cap(softcap);
-  const Wanted wanted = extra ? Wanted::kExtra : varentropy ? Wanted::kSecondMoment : Wanted::kEntropy;
-  for_each_row(rows, vocab, rows_at_a_time(vocab), threads, [&](int64_t r) {
+struct RowStatistics {
+  Given given;
+  Kept kept;
+  Target target;
+  Temperature temperature;
+  float *entropy, *lse, *logprob, *varentropy, *extra;  // logprob is NULL where target is; the next two may be NULL.
+  float* saved;
+};
+
+// Sets the statistics of every row, and in `saved`, (7, rows), what its gradient needs; `extra` is (4, rows). A row whose
+// target is out of range is NaN.
+EM_EXPORT void em_row_statistics(const RowStatistics* arguments) {
+  const RowStatistics& at = *arguments;
+  const Given& in = at.given;
+  const Logits& z = in.logits;
+  const Softcap cap(in.softcap);
+  const Wanted wanted = at.extra ? Wanted::kExtra : at.varentropy ? Wanted::kSecondMoment : Wanted::kEntropy;
+  for_each_row(in.rows, in.vocab, rows_at_a_time(in.vocab), in.threads, [&](int64_t r) {
     Statistics row{};
-    if (!kept || kept[r]) {
-      const int64_t t = target ? target[r] : -1;
-      const bool exists = t >= 0 && t < vocab;
+    if (at.kept[r]) {
+      const int64_t t = at.target[r];
+      const bool exists = t >= 0 && t < in.vocab;
       const float target_logit = exists ? kernels().logit(element(z[r], t, z.dtype), z.dtype, cap).value : kNaN;
-      const Scale scale = Scale::of_temperature(temperature ? temperature[r] : temperature_all);
-      const Sums sums = kernels().row_sums(z[r], vocab, z.dtype, t, scale, cap, wanted);
-      row = finish(sums, target ? &target_logit : nullptr, scale, varentropy != nullptr);
+      const Scale scale = at.temperature[r];
+      const Sums sums = kernels().row_sums(z[r], in.vocab, z.dtype, t, scale, cap, wanted);
+      row = finish(sums, at.target.columns ? &target_logit : nullptr, scale, at.varentropy != nullptr);
     }
     const auto set = [r](float* to, double value) { if (to) to[r] = static_cast<float>(value); };
-    set(entropy, row.entropy);
-    set(lse, row.lse);
-    set(logprob, row.logprob);
-    set(varentropy, row.varentropy);
-    for (int i = 0; extra && i < 4; ++i) set(extra + i * rows, row.extra[i]);
-    for (int i = 0; i < 7; ++i) set(saved + i * rows, row.saved[i]);
+    set(at.entropy, row.entropy);
+    set(at.lse, row.lse);
+    set(at.logprob, row.logprob);
+    set(at.varentropy, row.varentropy);
+    for (int i = 0; at.extra && i < 4; ++i) set(at.extra + i * in.rows, row.extra[i]);
+    for (int i = 0; i < 7; ++i) set(at.saved + i * in.rows, row.saved[i]);
   });
 }
 
-// The gradient of every row from `saved` of em_row_statistics and the gradients of its statistics, each of any stride, or
-// NULL. A target is NULL where grad_logprob is.
-EM_EXPORT void em_row_gradient(const void* logits, int dtype, int64_t inner, int64_t outer_stride, int64_t inner_stride,
-                               int64_t rows, int64_t vocab, double softcap, const float* saved, const int64_t* target,
-                               const float* grad_entropy, int64_t entropy_stride, const float* grad_lse,
-                               int64_t lse_stride, const float* grad_logprob, int64_t logprob_stride,
-                               const float* grad_varentropy, int64_t varentropy_stride, void* out, int out_dtype,
-                               int64_t out_outer_stride, int64_t out_inner_stride, int threads) {
-  const Logits z{logits, static_cast<Dtype>(dtype), inner, outer_stride, inner_stride};
-  const Gradient gradient{out, static_cast<Dtype>(out_dtype), inner, out_outer_stride, out_inner_stride};
-  const Softcap cap(softcap);
-  const Writing writing(z, gradient, rows, vocab, threads);
-  const Upstream upstream{{grad_entropy, entropy_stride},
-                          {grad_lse, lse_stride},
-                          {grad_logprob, logprob_stride},
-                          {grad_varentropy, varentropy_stride}};
+struct RowGradient {
+  Given given;
+  const float* saved;  // By em_row_statistics.
+  Target target;       // NULL where the upstream gradient of logprob is.
+  Upstream upstream;   // Of each statistic, at any stride, or NULL.
+  Gradient out;        // Or the logits themselves: each row's gradient replaces its logits.
+};
+
+// Sets the gradient of every row.
+EM_EXPORT void em_row_gradient(const RowGradient* arguments) {
+  const RowGradient& at = *arguments;
+  const Given& in = at.given;
+  const Logits& z = in.logits;
+  const Gradient& out = at.out;
+  const Softcap cap(in.softcap);
+  const Writing writing(z, out, in.rows, in.vocab, in.threads);
   const auto write_row = [&](int64_t r) {
-    void* const to = gradient[r];
-    const Saved row(saved, rows, r);
+    void* const to = out[r];
+    const Saved row(at.saved, in.rows, r);
     if (row.scale == 0) {
-      std::memset(to, 0, static_cast<size_t>(vocab * size_of(gradient.dtype)));
+      std::memset(to, 0, static_cast<size_t>(in.vocab * size_of(out.dtype)));
       return;
     }
     const Scale scale(row.scale);
-    const Coefficients coefficients(row, scale.inv_tau_exact, upstream, r);
-    const int64_t t = target ? target[r] : -1;
-    const bool has_target = t >= 0 && t < vocab;
+    const Coefficients coefficients(row, scale.inv_tau_exact, at.upstream, r);
+    const int64_t t = at.target[r];
+    const bool has_target = t >= 0 && t < in.vocab;
     // Read before the loop, which may write the gradient over the logits.
     const Logit of_target = has_target ? kernels().logit(element(z[r], t, z.dtype), z.dtype, cap) : Logit{};
-    const bool exact = all_but_one_hot(row.mean_d * row.s, vocab);
-    kernels().row_gradient(z[r], vocab, z.dtype, static_cast<float>(row.m), scale, cap, coefficients.in_d(), exact,
-                           writing.past_cache, to, gradient.dtype);
+    const bool exact = all_but_one_hot(row.mean_d * row.s, in.vocab);
+    kernels().row_gradient(z[r], in.vocab, z.dtype, static_cast<float>(row.m), scale, cap, coefficients.in_d(), exact,
+                           writing.past_cache, to, out.dtype);
     if (!has_target) return;
     const double value = coefficients.at_target((of_target.value - row.m) * scale.inv_tau_exact);
-    kernels().set(element(to, t, gradient.dtype), gradient.dtype, static_cast<float>(value * of_target.slope));
+    kernels().set(element(to, t, out.dtype), out.dtype, static_cast<float>(value * of_target.slope));
   };
-  share_rows(rows, vocab, writing.rows_at_a_time, threads, [&](const auto& next) {
+  share_rows(in.rows, in.vocab, writing.rows_at_a_time, in.threads, [&](const auto& next) {
     for (int64_t r; (r = next()) >= 0;) write_row(r);
     writing.finish();
   });
 }
 
-// Returns sum_r w_r H_r / divisor, and sets `out`, unless it is NULL, to its gradient. w_r is kept[r] or token_weight[r], or
-// 1 where both are NULL; a row whose weight is 0 is not kept. `of_weights` multiplies the divisor by the sum of the
-// weights, of which 0 counts as 1.
-EM_EXPORT float em_entropy_with_gradient(const void* logits, int dtype, int64_t inner, int64_t outer_stride,
-                                         int64_t inner_stride, int64_t rows, int64_t vocab, double softcap,
-                                         const uint8_t* kept, const float* token_weight, double divisor,
-                                         int of_weights, const float* temperature, double temperature_all, void* out,
-                                         int out_dtype, int64_t out_outer_stride, int64_t out_inner_stride,
-                                         int threads) {
-  const Logits z{logits, static_cast<Dtype>(dtype), inner, outer_stride, inner_stride};
-  const Gradient gradient{out, static_cast<Dtype>(out_dtype), inner, out_outer_stride, out_inner_stride};
-  const Softcap cap(softcap);
-  const Writing writing(z, gradient, rows, vocab, threads);
-  const auto weight = [&](int64_t r) { return kept ? kept[r] : token_weight ? token_weight[r] : 1.0; };
-  if (of_weights) {
+// A row of weight 0 is not read. The weight is 1 where both pointers are NULL.
+struct TokenWeight {
+  const uint8_t* kept;
+  const float* weight;
+
+  double operator[](int64_t r) const { return kept ? kept[r] : weight ? weight[r] : 1.0; }
+};
+
+struct EntropyWithGradient {
+  Given given;
+  TokenWeight token_weight;
+  double divisor;
+  int64_t of_weights;  // Whether the sum of the weights, of which 0 counts as 1, multiplies the divisor.
+  Temperature temperature;
+  Gradient out;  // Or NULL, or the logits themselves: each row's gradient replaces its logits.
+};
+
+// Returns sum_r w_r H_r / divisor, and sets `out` to its gradient.
+EM_EXPORT float em_entropy_with_gradient(const EntropyWithGradient* arguments) {
+  const EntropyWithGradient& at = *arguments;
+  const Given& in = at.given;
+  const Softcap cap(in.softcap);
+  const Writing writing(in.logits, at.out, in.rows, in.vocab, in.threads);
+  double divisor = at.divisor;
+  if (at.of_weights) {
     double total = 0;
-    for (int64_t r = 0; r < rows; ++r) total += weight(r);
+    for (int64_t r = 0; r < in.rows; ++r) total += at.token_weight[r];
     divisor *= total == 0 ? 1 : total;
   }
-  std::vector<double> weighted(static_cast<size_t>(rows));
-  share_rows(rows, vocab, writing.rows_at_a_time, threads, [&](const auto& next) {
-    WeightedEntropy entropy(z, gradient, vocab, cap, writing.past_cache);
+  std::vector<double> weighted(static_cast<size_t>(in.rows));
+  share_rows(in.rows, in.vocab, writing.rows_at_a_time, in.threads, [&](const auto& next) {
+    WeightedEntropy entropy(in.logits, at.out, in.vocab, cap, writing.past_cache);
     for (int64_t r; (r = next()) >= 0;) {
-      const double w = weight(r);
+      const double w = at.token_weight[r];
       if (w != 0) {
-        const Scale scale = Scale::of_temperature(temperature ? temperature[r] : temperature_all);
-        weighted[static_cast<size_t>(r)] = entropy(r, w / divisor, scale);
-      } else if (out) {
-        std::memset(gradient[r], 0, static_cast<size_t>(vocab * size_of(gradient.dtype)));
+        weighted[static_cast<size_t>(r)] = entropy(r, w / divisor, at.temperature[r]);
+      } else if (at.out.first) {
+        std::memset(at.out[r], 0, static_cast<size_t>(in.vocab * size_of(at.out.dtype)));
       }
     }
     entropy.finish();

@@ -48,7 +48,7 @@ struct Writing {
   bool past_cache;
   int64_t rows_at_a_time;
 
-  Writing(const Logits& logits, const Gradient& out, int64_t rows, int64_t vocab, int threads)
+  Writing(const Logits& logits, const Gradient& out, int64_t rows, int64_t vocab, int64_t threads)
       : past_cache(false), rows_at_a_time(::rows_at_a_time(vocab)) {
     if (rows == 0 || !out.first) return;
     // Of two threads that touch the same huge page first both clear one, in vain, and of two that work on neighbouring

@@ -24,7 +24,7 @@ constexpr int64_t kElementsPerThread = int64_t{1} << 17;
 // The others are PyTorch's own where it has OpenMP threads. After an operator of PyTorch's they go on spinning for
 // milliseconds, on the cores that threads of ours would need: next to them a call on 100 MB took 1.3 times as long.
 template <class Work>
-void in_parallel(int threads, Work work) {
+void in_parallel(int64_t threads, Work work) {
 #if defined(__linux__)
   if (GOMP_parallel) {
     GOMP_parallel([](void* data) { (*static_cast<Work*>(data))(); }, &work, static_cast<unsigned>(threads), 0);
@@ -32,7 +32,7 @@ void in_parallel(int threads, Work work) {
   }
 #endif
   std::vector<std::thread> others;
-  for (int i = 1; i < threads; ++i) {
+  for (int64_t i = 1; i < threads; ++i) {
     try {
       others.emplace_back([&work] { work(); });
     } catch (const std::system_error&) {
@@ -46,7 +46,7 @@ void in_parallel(int threads, Work work) {
 // Calls work(next) on one thread or on several, where next() is the next row of that thread, or -1 after the last. Threads
 // take rows off a counter, `step` at a time, so that a thread whose core is busy with something else is left with fewer.
 template <class Work>
-void share_rows(int64_t rows, int64_t vocab, int64_t step, int threads, const Work& work) {
+void share_rows(int64_t rows, int64_t vocab, int64_t step, int64_t threads, const Work& work) {
   std::atomic<int64_t> taken{0};
   const auto on_a_thread = [&] {
     int64_t r = 0, end = 0;
@@ -68,7 +68,7 @@ void share_rows(int64_t rows, int64_t vocab, int64_t step, int threads, const Wo
 
 // Calls the function for every row.
 template <class RowFunction>
-void for_each_row(int64_t rows, int64_t vocab, int64_t step, int threads, const RowFunction& function) {
+void for_each_row(int64_t rows, int64_t vocab, int64_t step, int64_t threads, const RowFunction& function) {
   share_rows(rows, vocab, step, threads, [&](const auto& next) {
     for (int64_t r; (r = next()) >= 0;) function(r);
   });

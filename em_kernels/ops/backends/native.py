@@ -11,6 +11,8 @@ The library is optional: where it is missing, `unavailable_reason` says why, and
 
 import ctypes
 import functools
+import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from em_kernels.ops.backends.torch import scale_ as scale_
 from em_kernels.ops.types import (
+    CPU,
     Divisor,
     Saved,
     Statistics,
@@ -33,22 +36,19 @@ LIBRARY = Path(__file__).parents[2] / "_entropy_cpu.so"
 # As csrc/dtypes.h numbers them.
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-_POINTER, _INT, _INT64, _DOUBLE = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_double
-# logits, dtype, inner, outer stride, inner stride, rows, V, soft cap
-_LOGITS = (_POINTER, _INT, _INT64, _INT64, _INT64, _INT64, _INT64, _DOUBLE)
-_TEMPERATURE = (_POINTER, _DOUBLE)
-# pointer, dtype, outer stride, inner stride
-_OUT = (_POINTER, _INT, _INT64, _INT64)
-# Every function starts with `_LOGITS` and ends with the number of threads.
-_SIGNATURES = {
+# The arguments of each function as csrc/entropy_cpu.cpp declares them, in the characters of `struct`.
+_ROWS = "Piqqq"  # pointer, dtype, inner, outer stride, inner stride
+_GIVEN = f"{_ROWS}qqdq"  # logits, rows, V, soft cap, threads
+_TEMPERATURE = "Pd"
+_ARGUMENTS = {
     # kept, target, temperature; a pointer for each of Sums
-    "em_row_sums": (_POINTER, _POINTER, *_TEMPERATURE, *(_POINTER,) * len(Sums._fields)),
+    "em_row_sums": f"{_GIVEN}PP{_TEMPERATURE}{len(Sums._fields)}P",
     # kept, target, temperature; a pointer for each of Statistics; saved
-    "em_row_statistics": (_POINTER, _POINTER, *_TEMPERATURE, *(_POINTER,) * len(Statistics._fields), _POINTER),
+    "em_row_statistics": f"{_GIVEN}PP{_TEMPERATURE}{len(Statistics._fields)}PP",
     # saved, target; pointer and stride for each of Upstream; out
-    "em_row_gradient": (_POINTER, _POINTER, *(_POINTER, _INT64) * len(Upstream._fields), *_OUT),
+    "em_row_gradient": f"{_GIVEN}PP{'Pq' * len(Upstream._fields)}{_ROWS}",
     # kept, token_weight, divisor, of_weights, temperature; out
-    "em_entropy_with_gradient": (_POINTER, _POINTER, _DOUBLE, _INT, *_TEMPERATURE, *_OUT),
+    "em_entropy_with_gradient": f"{_GIVEN}PPdq{_TEMPERATURE}{_ROWS}",
 }
 # The others return nothing.
 _RESULTS = {"em_entropy_with_gradient": ctypes.c_float}
@@ -56,7 +56,7 @@ _RESULTS = {"em_entropy_with_gradient": ctypes.c_float}
 
 def unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the compiled kernels cannot run on tensors of this device and dtype, or None if they can."""
-    if device.type != "cpu":
+    if device != CPU:
         return f"the compiled kernels run on the CPU and the logits are on {device}"
     if dtype not in _DTYPES:
         return f"the compiled kernels take {', '.join(map(str, _DTYPES))} and the logits are {dtype}"
@@ -112,36 +112,41 @@ def entropy_with_gradient(
     softcap: float | None = None,
 ) -> Tensor:
     is_bool = token_weight is not None and token_weight.dtype == torch.bool
-    kept_and_weight = (token_weight, None) if is_bool else (None, token_weight)
+    kept, weight = (token_weight, None) if is_bool else (None, token_weight)
     # 0 counts as 1.
     divided_by = (1.0 if divisor.total is None else divisor.total.item() or 1.0) * divisor.number
-    weight = (*kept_and_weight, divided_by, divisor.of_weights and token_weight is not None)
-    loss = _call("em_entropy_with_gradient", logits, softcap, *weight, *temperature, *_out(out))
-    return torch.scalar_tensor(loss, dtype=torch.float32, device=logits.device)
+    of_weights = divisor.of_weights and token_weight is not None
+    loss = _call(
+        "em_entropy_with_gradient", logits, softcap, kept, weight, divided_by, of_weights, *temperature, *_out(out)
+    )
+    return torch.scalar_tensor(loss, dtype=torch.float32, device=CPU)
 
 
-def _out(out: Tensor | None) -> tuple[Tensor | None, int, int, int]:
-    return (None, 0, 0, 0) if out is None else (out, _DTYPES[out.dtype], out.stride(0), out.stride(1))
+def _out(out: Tensor | None) -> tuple[Tensor | None, int, int, int, int]:
+    return (None, 0, 0, 0, 0) if out is None else (out, _DTYPES[out.dtype], out.shape[1], out.stride(0), out.stride(1))
 
 
 def _call(function: str, logits: Tensor, softcap: float | None, *arguments: Tensor | float | None) -> float:
     library = _load()
     if isinstance(library, str):
         raise RuntimeError(library)
+    call, pack = library[function]
     outer, inner, vocab = logits.shape
     outer_stride, inner_stride, _ = logits.stride()
-    return getattr(library, function)(
-        logits.data_ptr(),
-        _DTYPES[logits.dtype],
-        inner,
-        outer_stride,
-        inner_stride,
-        outer * inner,
-        vocab,
-        softcap or 0.0,
-        # isinstance(x, Tensor) would take several times as long.
-        *[x if x is None or isinstance(x, (float, int)) else x.data_ptr() for x in arguments],
-        torch.get_num_threads(),
+    return call(
+        pack(
+            logits.data_ptr(),
+            _DTYPES[logits.dtype],
+            inner,
+            outer_stride,
+            inner_stride,
+            outer * inner,
+            vocab,
+            softcap or 0.0,
+            torch.get_num_threads(),
+            # isinstance(x, Tensor) would take several times as long.
+            *[0 if x is None else x if isinstance(x, (float, int)) else x.data_ptr() for x in arguments],
+        )
     )
 
 
@@ -152,15 +157,17 @@ def _missing_library() -> str | None:
 
 
 @functools.cache
-def _load() -> ctypes.CDLL | str:
-    """The library, or why there is none."""
+def _load() -> dict[str, tuple[Callable[[bytes], float], Callable[..., bytes]]] | str:
+    """Of each function, itself and what packs its arguments, or why there is no library."""
     if not LIBRARY.exists():
         return "the compiled CPU kernels were not built (no C++ compiler when em_kernels was installed)"
     try:
         library = ctypes.CDLL(str(LIBRARY))
-        for name, signature in _SIGNATURES.items():
+        functions = {}
+        for name, arguments in _ARGUMENTS.items():
             function = getattr(library, name)
-            function.argtypes, function.restype = (*_LOGITS, *signature, _INT), _RESULTS.get(name)
+            function.argtypes, function.restype = (ctypes.c_char_p,), _RESULTS.get(name)
+            functions[name] = function, struct.Struct(arguments).pack
     except (OSError, AttributeError) as error:
         return f"the compiled CPU kernels cannot be loaded: {error}"
-    return library
+    return functions
