@@ -118,11 +118,13 @@ def test_process_that_is_stopped_is_ended_and_started_again(monkeypatch: pytest.
 
 
 def test_process_that_is_never_ready_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "worker.py").write_text("import time\ntime.sleep(60)\n")
+    program = "import time\nfrom pathlib import Path\ntime.sleep(60)\nPath(__file__).with_name('left').touch()\n"
+    (tmp_path / "worker.py").write_text(program)
     monkeypatch.setattr(grading, "_WORKER", tmp_path / "worker.py")
     monkeypatch.setattr(grading, "_PATIENCE", 0.06)
     with Grader() as grader, pytest.raises(RuntimeError, match=r"not ready within 0\.6 s$"):
         grader.grade("19", Problem("?", ("19",)))
+    assert not (tmp_path / "left").exists()
 
 
 def test_process_ends_with_the_block() -> None:
