@@ -3,10 +3,12 @@
 import contextlib
 import json
 import threading
-import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+# A client that waits for what never comes does not hold up the tests for ever.
+_SECONDS_AT_MOST = 60
 
 Behaviour = Callable[["Handler"], None]
 
@@ -54,6 +56,7 @@ class HostileServer(ThreadingHTTPServer):
         self.gets: list[str] = []
         self.keys: list[str | None] = []
         self.changing = threading.Lock()
+        self.over = threading.Event()
 
     @property
     def url(self) -> str:
@@ -62,12 +65,20 @@ class HostileServer(ThreadingHTTPServer):
 
 @contextlib.contextmanager
 def hostile_server(*behaviours: Behaviour, otherwise: Behaviour | None = None) -> Iterator[HostileServer]:
-    """A server that behaves so on its first requests, and otherwise on all that follow, which it answers by default."""
+    """A server that behaves so on its first requests, and otherwise on all that follow, which it answers by default.
+
+    Answers that never end go on until the block ends, or until a minute has passed: the server is `over` then.
+    """
     with HostileServer(list(behaviours), otherwise or fine) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        end = threading.Timer(_SECONDS_AT_MOST, server.over.set)
+        end.daemon = True
+        end.start()
         try:
             yield server
         finally:
+            end.cancel()
+            server.over.set()
             server.shutdown()
 
 
@@ -102,16 +113,14 @@ def ending_in_the_middle(handler: Handler) -> None:
 
 
 def silent(handler: Handler) -> None:
-    time.sleep(1.0)
+    handler.server.over.wait()
 
 
 def dripping(handler: Handler, status: int = 200) -> None:
     """Sends a byte now and then, and never all."""
-    handler.send(status, b"", length=1000)
-    for _ in range(20):
+    handler.send(status, b"", length=10_000)
+    while not handler.server.over.wait(0.05):
         handler.wfile.write(b" ")
-        handler.wfile.flush()
-        time.sleep(0.05)
 
 
 def unknowing(handler: Handler) -> None:

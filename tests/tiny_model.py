@@ -1,5 +1,6 @@
 """A tiny Llama with random weights, and a real tokenizer with a chat template: a whole run takes a second."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -38,3 +39,16 @@ def save_tiny_model(folder: Path) -> None:
         )
     )
     model.save_pretrained(folder)
+
+
+def give_code(folder: Path) -> None:
+    """Makes the Llama of a folder one of a class of its own, whose code lies in the folder."""
+    config = json.loads((folder / "config.json").read_text())
+    config["model_type"] = "own"
+    config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+        "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )

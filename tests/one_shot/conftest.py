@@ -1,5 +1,8 @@
 """The tiny model, as a folder, as a policy, and as the subject of a run."""
 
+import signal
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from em_kernels.one_shot import interruption
 from em_kernels.one_shot.config import TrainConfig
+from em_kernels.one_shot.interruption import Interruption
 from em_kernels.one_shot.policy import Policy
 from em_kernels.one_shot.policy.rollout import Rollout
 from em_kernels.one_shot.policy.sampling import Sampling
@@ -54,3 +59,25 @@ def tiny_config(tiny_folder: Path) -> TrainConfig:
         max_new_tokens=8,
         evaluation_size=2,
     )
+
+
+@pytest.fixture
+def terminate(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """For the other threads: sends SIGTERM to the main thread, and returns when an Interruption has answered it."""
+    answered = threading.Semaphore(0)
+    handle = Interruption._handle
+
+    def handled(*given: Any) -> None:
+        try:
+            handle(*given)
+        finally:
+            answered.release()
+
+    def send() -> None:
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+        answered.acquire(timeout=30)
+
+    # No signal is the echo of the one before.
+    monkeypatch.setattr(interruption, "_SECONDS_OF_AN_ECHO", -1.0)
+    monkeypatch.setattr(Interruption, "_handle", handled)
+    return send

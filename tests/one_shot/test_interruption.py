@@ -29,7 +29,10 @@ def test_first_signal_raises(signum: signal.Signals) -> None:
     assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
-def test_first_signal_is_said_in_a_block_that_finishes(capfd: pytest.CaptureFixture[str]) -> None:
+def test_first_signal_is_said_in_a_block_that_finishes(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(interruption, "_SECONDS_OF_AN_ECHO", 100.0)
     with Interruption() as given, given.finishing("the step will be finished"):
         signal.raise_signal(signal.SIGTERM)
         # The echo of a launcher is no second signal.

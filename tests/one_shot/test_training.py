@@ -233,7 +233,7 @@ def test_tensorboard(tiny_config: TrainConfig, tmp_path: Path) -> None:
     rows = _metrics(tmp_path / "run")
     for name in rows[0].keys() - {"step"}:
         values = [(event.step, event.value) for event in events.Scalars(name)]
-        assert values == [(row["step"], pytest.approx(row[name], abs=1e-6)) for row in rows]
+        assert values == [(row["step"], pytest.approx(row[name], rel=1e-6, abs=1e-6)) for row in rows]
     [before, after] = [(event.step, event.value) for event in events.Scalars("accuracy_sampled")]
     assert (before[0], after[0]) == (0, 3)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from matplotlib import image
 from run_folders import write_run
+from tiny_model import give_code
 
 from em_kernels.cli import main
 from em_kernels.one_shot import progress
@@ -127,6 +128,21 @@ def test_each_analysis_has_a_new_folder_and_overwrites_none(
     with locked(Path("runs/logits")):
         assert main([*command, "--output", "runs/logits", "--resume"]) == 2
     assert "runs/logits is in use by process" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["logits", "tokens"])
+def test_code_of_models_runs_only_if_asked_for(
+    kind: str, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first model is loaded, and the second one's configuration is read before."""
+    models = tmp_path / "first", tmp_path / "second"
+    for model in models:
+        shutil.copytree(tiny_folder, model)
+        give_code(model)
+    command = ["analyze", kind, *map(str, models), "--prompt", "2+2?", "--max-new-tokens", "4"]
+    assert main([*command, "--output", str(tmp_path / "output")]) == 2
+    assert f"model '{models[1]}' cannot be loaded" in capsys.readouterr().err
+    assert main([*command, "--output", str(tmp_path / "output"), "--trust-remote-code"]) == 0
 
 
 def test_what_was_trained_from_the_built_in_model_has_its_note(tiny_folder: Path, tmp_path: Path) -> None:

@@ -77,6 +77,7 @@ def test_settings_and_numbers_are_kept_for_readers_and_scripts(tmp_path: Path) -
     output = tmp_path / "output"
     assert main(["analyze", "steps", *map(str, runs), "--output", str(output)]) == 0
     text = (output / "steps.md").read_text()
+    assert "\n## Settings\n\n" in text
     assert "- seed differs: 0 in 0; 1 in 1" in text
     assert "- torch 2.9, device cpu" in text
     assert ", temperature 0.5," in text

@@ -1,7 +1,6 @@
 import os
 import signal
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +15,12 @@ from em_kernels.one_shot.evaluation.grading import Grade, Grader, Verdict
 def grader() -> Iterator[Grader]:
     with Grader(seconds=1.0) as grader:
         yield grader
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow machine may take long to start the process."""
+    monkeypatch.setattr(grading, "_PATIENCE", 200)
 
 
 @pytest.mark.parametrize(
@@ -77,11 +82,17 @@ def test_accepted_answer_that_cannot_be_read_makes_no_answer_wrong(grader: Grade
 # Each of these takes SymPy minutes, or all the memory there is, in code that no signal handler interrupts.
 @pytest.mark.parametrize("answer", ["10^{10^{10^{10}}}", "9999999999^{9999999999}"])
 def test_grading_ends_within_its_time(grader: Grader, answer: str) -> None:
-    started = time.process_time(), time.perf_counter()
+    before = _seconds_of_children()
     assert grader.grade(f"\\boxed{{{answer}}}", Problem("?", ("19",))).verdict is Verdict.UNREADABLE
-    assert time.perf_counter() - started[1] < 30
+    assert _seconds_of_children() - before < 20
     # The next answer has a new process.
     assert grader.grade("\\boxed{19}", Problem("?", ("19",))).verdict is Verdict.RIGHT
+
+
+def _seconds_of_children() -> float:
+    """The time that processes which have ended have computed: it is short on a busy machine, too."""
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 def test_process_that_something_else_ends_is_started_again(grader: Grader) -> None:
@@ -94,12 +105,12 @@ def test_process_that_something_else_ends_is_started_again(grader: Grader) -> No
 
 def test_process_that_is_stopped_is_ended_and_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = Problem("?", ("19",))
-    with Grader(seconds=1.0) as grader:
+    with Grader() as grader:
         grader.grade("19", problem)
         stopped = grader._process
         assert stopped is not None
         os.kill(stopped.pid, signal.SIGSTOP)
-        monkeypatch.setattr(grading, "_PATIENCE", 0.5)
+        monkeypatch.setattr(grading, "_PATIENCE", 0.05)
         assert grader.grade("19", problem) == Grade(Verdict.UNREADABLE, None)
         assert stopped.returncode == -signal.SIGKILL
         monkeypatch.undo()
@@ -107,10 +118,13 @@ def test_process_that_is_stopped_is_ended_and_started_again(monkeypatch: pytest.
 
 
 def test_process_that_is_never_ready_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "worker.py").write_text("import time\ntime.sleep(60)\n")
+    program = "import time\nfrom pathlib import Path\ntime.sleep(60)\nPath(__file__).with_name('left').touch()\n"
+    (tmp_path / "worker.py").write_text(program)
     monkeypatch.setattr(grading, "_WORKER", tmp_path / "worker.py")
-    with Grader(seconds=0.02) as grader, pytest.raises(RuntimeError, match=r"not ready within 0\.6 s$"):
+    monkeypatch.setattr(grading, "_PATIENCE", 0.06)
+    with Grader() as grader, pytest.raises(RuntimeError, match=r"not ready within 0\.6 s$"):
         grader.grade("19", Problem("?", ("19",)))
+    assert not (tmp_path / "left").exists()
 
 
 def test_process_ends_with_the_block() -> None:

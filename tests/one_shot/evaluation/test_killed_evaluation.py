@@ -2,9 +2,9 @@
 
 import dataclasses
 import json
+import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,29 @@ from em_kernels.one_shot.evaluation.records import Record, read_records
 
 pytestmark = pytest.mark.slow
 
+# The command line, killed when it has written 20 completions.
+_KILLED = """
+import os, signal, sys
+from em_kernels.cli import main
+from em_kernels.one_shot.evaluation import measure
+
+append_records, written = measure.append_records, []
+
+def append(path, records):
+    append_records(path, records)
+    written.append(path)
+    if len(written) == 20:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+measure.append_records = append
+main(sys.argv[1:])
+"""
+
 
 def _arguments(tiny_folder: Path, tasks: Path, output: Path) -> list[str]:
     options = ["--task", str(tasks), "--temperature", "0,0.5", "--samples", "3", "--max-new-tokens", "60"]
     options += ["--concurrency", "4", "--output", str(output), "--quiet"]
     return ["evaluate", str(tiny_folder), *options]
-
-
-def _lines(path: Path) -> int:
-    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def _by_key(path: Path) -> dict[tuple[Any, ...], Record]:
@@ -44,13 +58,9 @@ def test_a_killed_evaluation_goes_on_where_it_was(tiny_folder: Path, tmp_path: P
     assert main(_arguments(tiny_folder, tmp_path / "sums.jsonl", whole)) == 0
 
     arguments = _arguments(tiny_folder, tmp_path / "sums.jsonl", killed)
-    command = [sys.executable, "-m", "em_kernels.cli", *arguments]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        while _lines(killed / "completions.jsonl") < 20 and process.poll() is None:
-            time.sleep(0.001)
-        process.kill()
-    kept = _lines(killed / "completions.jsonl")
-    assert 20 <= kept < 60
+    result = subprocess.run([sys.executable, "-c", _KILLED, *arguments], capture_output=True, text=True)
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    assert len(read_records(killed / "completions.jsonl")) == 20
 
     assert main([*arguments, "--resume"]) == 0
     resumed, uninterrupted = (_by_key(folder / "completions.jsonl") for folder in (killed, whole))

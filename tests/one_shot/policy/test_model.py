@@ -5,6 +5,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from tiny_model import give_code
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from em_kernels.one_shot.config import TrainConfig
@@ -62,15 +63,7 @@ def test_remote_code_runs_only_if_asked_for(tiny: tuple[Any, Any], tmp_path: Pat
     model, tokenizer = tiny
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["model_type"] = "own"
-    config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "own.py").write_text(
-        "from transformers import LlamaConfig, LlamaForCausalLM\n"
-        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
-        "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
-    )
+    give_code(tmp_path)
     with pytest.raises(UsageError, match="cannot be loaded"):
         load_model(str(tmp_path))
     assert type(load_model(str(tmp_path), trust_remote_code=True)[0]).__name__ == "OwnModel"

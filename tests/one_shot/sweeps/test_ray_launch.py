@@ -20,11 +20,39 @@ from em_kernels.one_shot.sweeps.ray_launch import _train
 
 ray = pytest.importorskip("ray")
 
-_STEPS = 10
+_STEPS = 3
+
+# Python reads this module when it starts, also on the workers: runs wait in their second step until there is a file.
+_HELD = """
+import sys
+
+if "train" in sys.orig_argv:
+    import time
+    from pathlib import Path
+    from em_kernels.one_shot.runs.folder import RunFolder
+
+    append_metrics = RunFolder.append_metrics
+
+    def held(run, values):
+        append_metrics(run, values)
+        while values["step"] == 2 and not Path({file!r}).exists():
+            time.sleep(0.01)
+
+    RunFolder.append_metrics = held
+"""
 
 
 @pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file that the runs wait for."""
+    (tmp_path / "start").mkdir()
+    (tmp_path / "start" / "sitecustomize.py").write_text(_HELD.format(file=str(tmp_path / "go_on")))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "start"), prepend=os.pathsep)
+    return tmp_path / "go_on"
+
+
+@pytest.fixture
+def cluster(go_on: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=80_000_000, log_to_driver=False)
     yield ray.get_runtime_context().gcs_address
@@ -47,7 +75,7 @@ def _kill_worker(run: Path, sweep: subprocess.Popen[str]) -> psutil.Process:
 
 
 @pytest.mark.slow
-def test_the_run_of_a_killed_worker_is_done_again(cluster: str, tiny_folder: Path, tmp_path: Path) -> None:
+def test_the_run_of_a_killed_worker_is_done_again(cluster: str, go_on: Path, tiny_folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "s"
     command = f"sweep --grid temperature=0.5,1 --grid seed=0:2 --output {output} --ray {cluster} --model {tiny_folder} "
     command += f"--prompt 2+2? --steps {_STEPS} --batch-size 8 --max-new-tokens 32 --evaluation-size 0 --state-every 1"
@@ -62,6 +90,7 @@ def test_the_run_of_a_killed_worker_is_done_again(cluster: str, tiny_folder: Pat
         train = _kill_worker(killed, sweep)
         wait_for_end(train)
         assert not (killed / "checkpoint").exists()
+        go_on.touch()
         told, said = sweep.communicate()
     assert sweep.returncode == 0, said
 

@@ -110,7 +110,7 @@ def test_a_failed_run_stops_no_other_and_is_named(
 @pytest.mark.slow
 def test_an_interrupted_sweep_ends_its_runs_and_says_how_to_go_on(tiny_folder: Path, tmp_path: Path) -> None:
     run = tmp_path / "s" / "runs" / "seed=3"
-    arguments = ["--grid", "seed=3", "--output", str(tmp_path / "s"), "--model", str(tiny_folder), "--steps", "3000"]
+    arguments = ["--grid", "seed=3", "--output", str(tmp_path / "s"), "--model", str(tiny_folder), "--steps", "100000"]
     sweep = _start(*arguments)
     _wait(lambda: bool(_steps(run)), sweep)
     [train] = train_processes(run)
@@ -130,7 +130,7 @@ def test_an_interrupted_sweep_ends_its_runs_and_says_how_to_go_on(tiny_folder: P
 def test_runs_are_told_once_more_to_end_if_the_sweep_is() -> None:
     program = """
         import signal
-        signal.alarm(20)
+        signal.alarm(100)
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         for said in ("ready", "heard"):
             print(said, flush=True)

@@ -89,7 +89,6 @@ class Server:
             Interrupted: Ctrl-C or SIGTERM has come; after the second, nothing is waited for.
         """
         interruption, stopped = Interruption(), threading.Event()
-        ended, working = self._ask_all(requests, sampling, lambda: stopped.is_set() or interruption.signum > 0, stopped)
         failure: BaseException | None = None
         latest = math.inf
         keeping = f"the completions under way will be waited for, {self.timeout:g} s at most, and kept"
@@ -99,6 +98,10 @@ class Server:
                 interruption.finishing(keeping),
                 progress(len(requests), description, "completions", show=show_progress) as bar,
             ):
+                # Signals are heard from the first request on.
+                ended, working = self._ask_all(
+                    requests, sampling, lambda: stopped.is_set() or interruption.signum > 0, stopped
+                )
                 while working:
                     if interruption.signum and failure is None:
                         failure = Interrupted(interruption.signum)
