@@ -145,6 +145,22 @@ def test_code_of_models_runs_only_if_asked_for(
     assert main([*command, "--output", str(tmp_path / "output"), "--trust-remote-code"]) == 0
 
 
+def test_seed_temperature_and_limit_count(tiny_folder: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"question": "2+2?"}\n{"question": "3+3?"}\n')
+    command = ["analyze", "tokens", str(tiny_folder), "--prompt-file", str(prompts)]
+
+    def measured(*options: str) -> dict[str, Any]:
+        output = tmp_path / "-".join(("output", *options))
+        assert main([*command, "--max-new-tokens", "8", "--output", str(output), *options]) == 0
+        return json.loads((output / "tokens.jsonl").read_text())
+
+    plain = measured()
+    assert measured("--seed", "1")["entropy"] != plain["entropy"]
+    assert measured("--temperature", "0")["entropy"] != plain["entropy"]
+    assert measured("--limit", "1")["tokens"] <= 8 < plain["tokens"]
+
+
 def test_what_was_trained_from_the_built_in_model_has_its_note(tiny_folder: Path, tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", finished=False)
     (run / "checkpoint").symlink_to(tiny_folder)
