@@ -204,6 +204,18 @@ def default_run_folder(name: str, *, resume: bool) -> Path:
     return last if resume and last else path
 
 
+def page_folder(output: Path | None, name: str) -> Path:
+    """The folder that a page and its pictures go into, which is yet to be made: `output`, or a new one in runs/.
+
+    Raises:
+        UsageError: there is something in the folder, which a user may have edited, or which other runs led to.
+    """
+    path = output or default_run_folder(name, resume=False)
+    if path.is_dir() and any(path.iterdir()):
+        raise UsageError(f"folder {path} is not empty, expected a new one for the page; --output names it")
+    return path
+
+
 def _read_rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
