@@ -240,6 +240,16 @@ def test_select_of_fewer_problems_than_it_is_to_choose_says_so(
     assert len((tmp_path / "out" / "prompts.jsonl").read_text().splitlines()) == 5
 
 
+@pytest.mark.parametrize(("answer", "vary"), [(_skilled, True), (answering(completion("It is 4.")), False)])
+def test_select_says_if_no_problem_varies(
+    answer: Any, vary: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--samples", "6", "--output", str(tmp_path / "out"), "--model", "weak", "--quiet"]
+    with hostile_server(otherwise=answer) as server:
+        assert main(["select", _problems(tmp_path / "sums.jsonl", 5), "--endpoint", server.url, *options]) == 0
+    assert ("note: no problem varies" in capsys.readouterr().err) is not vary
+
+
 def test_select_by_agreement_needs_no_answers(tmp_path: Path) -> None:
     (tmp_path / "pool.jsonl").write_text("".join(f'{{"prompt": "{i} + 2?"}}\n' for i in range(4)))
     options = ["--by", "agreement", "--samples", "5", "--output", str(tmp_path / "out"), "--model", "weak", "--quiet"]
