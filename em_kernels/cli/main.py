@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "train_options" in options:
         options["train_options"] = others
     elif others:
-        parser.error(f"unrecognized arguments: {' '.join(others)}")
+        Parser(prog=f"em-kernels {command}").error(f"unrecognized arguments: {' '.join(others)}")
     interruption = Interruption()
     try:
         with interruption:

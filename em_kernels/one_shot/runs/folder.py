@@ -79,7 +79,9 @@ class RunFolder:
         if not self.path.exists() or all(is_unfinished(path) or is_lock(path) for path in self.path.iterdir()):
             return
         if not resume:
-            raise UsageError(f"run folder {self.path} is not empty; --resume continues the run in it")
+            raise UsageError(
+                f"run folder {self.path} is not empty; --resume continues the run in it, --output names another"
+            )
         if not self.config.is_file():
             raise UsageError(f"run folder {self.path} is not empty, but holds no run to resume (no config.json)")
         try:
