@@ -75,7 +75,7 @@ def _steps(kind: str, runs: Sequence[Path], output: Path | None) -> None:
     from em_kernels.one_shot.analysis.built_in import built_in_lines
     from em_kernels.one_shot.analysis.runs import read_runs
     from em_kernels.one_shot.analysis.settings import settings_lines
-    from em_kernels.one_shot.analysis.steps import describe_steps, draw_steps, step_rows
+    from em_kernels.one_shot.analysis.steps import UNITS, describe_steps, draw_steps, step_rows
     from em_kernels.one_shot.files import write_text
     from em_kernels.one_shot.runs.figures import save_figure
     from em_kernels.one_shot.runs.folder import page_folder
@@ -86,6 +86,7 @@ def _steps(kind: str, runs: Sequence[Path], output: Path | None) -> None:
     save_figure(draw_steps(read), folder / "steps.png")
     write_text(folder / "steps.jsonl", "".join(json_line(row) for run in read for row in step_rows(run)))
     lines = [line for run in read for line in (*describe_steps(run), "")]
+    lines += [UNITS, ""]
     lines += [line for note in built_in_lines(run.made for run in read) for line in (note, "")]
     lines += ["## Settings", "", *settings_lines({run.name: run.made for run in read}), ""]
     _finish(folder, kind, lines)
