@@ -50,8 +50,8 @@ def test_groups_are_named_by_what_differs(tmp_path: Path) -> None:
 def test_the_names_of_groups_tell_them_apart(tmp_path: Path) -> None:
     settings = [("a", 4, 0.5), ("b", 2, 0.3), ("b", 2, 0.7)]
     runs = [
-        write_run(tmp_path / prompt / f"{temperature}", prompts=(prompt,), batch_size=size, temperature=temperature)
-        for prompt, size, temperature in settings
+        write_run(tmp_path / prompt / f"{temperature}", prompts=(prompt,), steps=steps, temperature=temperature)
+        for prompt, steps, temperature in settings
     ]
     assert [group.title for group in named_groups(map(read_run, runs))] == [
         "A: 1 prompt (a), temperature 0.5 and 1 more",
