@@ -29,7 +29,7 @@ def add_parser(commands: Any) -> None:
 
     steps = kinds.add_parser("steps", help="runs by step: loss, entropy, accuracy, lengths, and where accuracy peaked")
     steps.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder that train has written")
-    _add_output(steps, "steps")
+    _add_output(steps)
     steps.set_defaults(run=_steps)
 
     logits = kinds.add_parser("logits", help="mean, deviation and skewness of the raw logits of models")
@@ -40,7 +40,7 @@ def add_parser(commands: Any) -> None:
 
     calibration = kinds.add_parser("calibration", help="how reliable votes and log-probabilities are")
     calibration.add_argument("files", nargs="+", type=Path, metavar="FILE", help="completions.jsonl of evaluate")
-    _add_output(calibration, "calibration")
+    _add_output(calibration)
     calibration.set_defaults(run=_calibration)
 
 
@@ -60,36 +60,36 @@ def _add_models(parser: Any) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling (0)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="what the model computes in (float32)")
     parser.add_argument("--trust-remote-code", action="store_true", help="let the model's repository run its own code")
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="folder for what is written (a new one in runs/)")
+    _add_output(parser)
     parser.add_argument("--resume", action="store_true", help="measure only the models that the folder lacks")
     parser.add_argument("--quiet", action="store_true", help="no progress on standard error")
     add_chat_options(parser)
 
 
-def _add_output(parser: Any, name: str) -> None:
-    default = Path("analysis", name)
-    parser.add_argument(
-        "--output", type=Path, default=default, metavar="FOLDER", help=f"where the table and the picture go ({default})"
-    )
+def _add_output(parser: Any) -> None:
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="folder for what is written (a new one in runs/)")
 
 
-def _steps(kind: str, runs: Sequence[Path], output: Path) -> None:
+def _steps(kind: str, runs: Sequence[Path], output: Path | None) -> None:
     import_quietly()
     from em_kernels.one_shot.analysis.built_in import built_in_lines
     from em_kernels.one_shot.analysis.runs import read_runs
     from em_kernels.one_shot.analysis.settings import settings_lines
-    from em_kernels.one_shot.analysis.steps import describe_steps, draw_steps, step_rows
+    from em_kernels.one_shot.analysis.steps import UNITS, describe_steps, draw_steps, step_rows
     from em_kernels.one_shot.files import write_text
     from em_kernels.one_shot.runs.figures import save_figure
+    from em_kernels.one_shot.runs.folder import page_folder
 
+    folder = page_folder(output, kind)
     read = read_runs(runs)
-    output.mkdir(parents=True, exist_ok=True)
-    save_figure(draw_steps(read), output / "steps.png")
-    write_text(output / "steps.jsonl", "".join(json_line(row) for run in read for row in step_rows(run)))
+    folder.mkdir(parents=True, exist_ok=True)
+    save_figure(draw_steps(read), folder / "steps.png")
+    write_text(folder / "steps.jsonl", "".join(json_line(row) for run in read for row in step_rows(run)))
     lines = [line for run in read for line in (*describe_steps(run), "")]
+    lines += [UNITS, ""]
     lines += [line for note in built_in_lines(run.made for run in read) for line in (note, "")]
     lines += ["## Settings", "", *settings_lines({run.name: run.made for run in read}), ""]
-    _finish(output, "steps", lines)
+    _finish(folder, kind, lines)
 
 
 def _models(kind: str, models: Sequence[str], output: Path | None, resume: bool, **options: Any) -> None:
@@ -185,7 +185,7 @@ def _prompts(prompt: Sequence[str] | None, prompt_file: Path | None, task: str, 
     return prompts, f"{len(prompts)} of {prompt_file or task}, SHA-256 {digest[:16]}"
 
 
-def _calibration(kind: str, files: Sequence[Path], output: Path) -> None:
+def _calibration(kind: str, files: Sequence[Path], output: Path | None) -> None:
     import_quietly()
     from em_kernels.one_shot.analysis.calibration_page import (
         calibrate,
@@ -196,13 +196,15 @@ def _calibration(kind: str, files: Sequence[Path], output: Path) -> None:
     from em_kernels.one_shot.evaluation.grading import Grader
     from em_kernels.one_shot.files import write_text
     from em_kernels.one_shot.runs.figures import save_figure
+    from em_kernels.one_shot.runs.folder import page_folder
 
+    folder = page_folder(output, kind)
     with Grader() as grader:
         cells = calibrate(files, grader.same)
-    output.mkdir(parents=True, exist_ok=True)
-    write_text(output / "calibration.jsonl", calibration_lines(cells))
-    save_figure(draw_calibration(cells), output / "calibration.png")
-    _finish(output, "calibration", describe_calibration(cells, files))
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "calibration.jsonl", calibration_lines(cells))
+    save_figure(draw_calibration(cells), folder / "calibration.png")
+    _finish(folder, kind, describe_calibration(cells, files))
 
 
 def _finish(output: Path, name: str, lines: Sequence[str]) -> None:

@@ -39,13 +39,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "train_options" in options:
         options["train_options"] = others
     elif others:
-        parser.error(f"unrecognized arguments: {' '.join(others)}")
+        Parser(prog=f"em-kernels {command}").error(f"unrecognized arguments: {' '.join(others)}")
     interruption = Interruption()
     try:
         with interruption:
             return run(**options) or 0
     except (UsageError, OSError) as error:
-        print(f"em-kernels {command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"em-kernels {command}: error: {' '.join(_said(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
         again = arguments if "--resume" in arguments else [*arguments, "--resume"]
@@ -57,6 +57,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"\nem-kernels {command}: interrupted{resume}", file=sys.stderr)
         # Training hears signals itself, and a library may raise an exception of its own for one.
         return 128 + (getattr(interrupt, "signum", 0) or interruption.signum or signal.SIGINT)
+
+
+def _said(error: UsageError | OSError) -> str:
+    """What the error says, without the number that an error of the system begins with."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def _parser() -> argparse.ArgumentParser:

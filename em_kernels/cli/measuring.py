@@ -51,11 +51,14 @@ def add_measuring_options(parser: Any, *, samples: int) -> None:
         help="server with OpenAI's chat completions, such as http://localhost:8000/v1; key: $OPENAI_API_KEY",
     )
     where.add_argument("--concurrency", type=positive, default=32, metavar="N", help="completions at once (32)")
-    where.add_argument("--timeout", type=_seconds, default=600.0, metavar="SECONDS", help="for a server's answer (600)")
+    where.add_argument("--timeout", type=seconds, default=600.0, metavar="SECONDS", help="for a server's answer (600)")
 
 
 def positive(text: str) -> int:
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no integer; expected one of at least 1") from None
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is below 1")
     return value
@@ -68,7 +71,7 @@ def temperature(text: str) -> float:
     return value
 
 
-def _seconds(text: str) -> float:
+def seconds(text: str) -> float:
     value = float(text)
     # Sockets take no more than 2**31 milliseconds.
     if not 0 < value <= 1e6:

@@ -15,11 +15,11 @@ def add_parser(commands: Any) -> None:
         "accuracies with errors, and the published figures. Runs that differ in nothing but the seed are a group.",
     )
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder that train has written")
-    report.add_argument("--output", type=Path, default=Path("report"), metavar="FOLDER", help="where it goes (report)")
+    report.add_argument("--output", type=Path, metavar="FOLDER", help="folder for what is written (a new one in runs/)")
     report.set_defaults(run=_report)
 
 
-def _report(runs: Sequence[Path], output: Path) -> None:
+def _report(runs: Sequence[Path], output: Path | None) -> None:
     import_quietly()
     from em_kernels.one_shot.analysis.groups import named_groups
     from em_kernels.one_shot.analysis.report import write_page
@@ -29,13 +29,15 @@ def _report(runs: Sequence[Path], output: Path) -> None:
     from em_kernels.one_shot.files import write_text
     from em_kernels.one_shot.json_lines import json_line
     from em_kernels.one_shot.runs.figures import save_figure
+    from em_kernels.one_shot.runs.folder import page_folder
 
+    folder = page_folder(output, "report")
     groups = named_groups(read_runs(runs))
     page = write_page(groups)
-    output.mkdir(parents=True, exist_ok=True)
-    save_figure(draw_curves(groups), output / "curves.png")
+    folder.mkdir(parents=True, exist_ok=True)
+    save_figure(draw_curves(groups), folder / "curves.png")
     if any(run.evaluations for group in groups for run in group.runs):
-        save_figure(draw_accuracy(groups), output / "accuracy.png")
-    write_text(output / "report.jsonl", "".join(json_line(row) for row in report_rows(groups)))
-    write_text(output / "report.md", page)
-    print(f"Report:  {output / 'report.md'}\nNumbers: {output / 'report.jsonl'}")
+        save_figure(draw_accuracy(groups), folder / "accuracy.png")
+    write_text(folder / "report.jsonl", "".join(json_line(row) for row in report_rows(groups)))
+    write_text(folder / "report.md", page)
+    print(f"Report:  {folder / 'report.md'}\nNumbers: {folder / 'report.jsonl'}")

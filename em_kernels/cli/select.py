@@ -72,6 +72,8 @@ def _select(pool: Sequence[str], by: str, temperature: float, count: int, **opti
             order = ranked(candidates(records, same=grader.same if by == "agreement" else None))
         if count > len(order):
             print_note(f"--count is {count}, but the pool has {len(order)} problems; the prompt file has all of them")
+        if not order[0].variance:
+            print_note("no problem varies, so the order says nothing; more samples or other problems may help")
         write_text(folder / "ranking.jsonl", "".join(_line(i, candidate) for i, candidate in enumerate(order, 1)))
         write_text(folder / "prompts.jsonl", "".join(_line(i, one) for i, one in enumerate(order[:count], 1)))
         save_figure(draw_selection(order, by), folder / "histogram.png")

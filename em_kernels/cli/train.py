@@ -35,7 +35,9 @@ def add_parser(commands: Any) -> None:
         default="demo",
         help="demo: two CPU cores; paper: as published; authors: as the published script, which samples otherwise",
     )
-    train.add_argument("--output", type=Path, help="run folder (default: runs/PRESET, runs/PRESET-2, ...)")
+    train.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="run folder (default: runs/PRESET, runs/PRESET-2, ...)"
+    )
     train.add_argument(
         "--resume", action="store_true", help="go on after the last kept step; with more --steps, also when finished"
     )
@@ -47,7 +49,7 @@ def add_parser(commands: Any) -> None:
 
 
 def _add_what(what: Any) -> None:
-    what.add_argument("--model", help="name or folder of a Transformers causal language model")
+    what.add_argument("--model", metavar="NAME", help="name or folder of a Transformers causal language model")
     what.add_argument("--trust-remote-code", action="store_true", help="let the model's repository run its own code")
     what.add_argument(
         "--prompt", action="append", metavar="TEXT", help="training prompt; of several, each is taken equally often"

@@ -88,9 +88,9 @@ def draw_calibration(cells: Mapping[str, Calibration]) -> Figure:
     ):
         if not any(measured):
             draw_absence(axes)
-        axes.set_ylim(-3, 103)
+        axes.set_ylim(-6, 106)
         axes.set_ylabel("right (% ± standard error)")
-    draw_legend(figure, votes if any(cell.votes for cell in cells.values()) else logprobs)
+    draw_legend(figure, logprobs, votes)
     return figure
 
 
@@ -122,7 +122,7 @@ def _vote_lines(votes: Votes | None) -> list[str]:
         *markdown_table(["share of votes", "problems", "vote is right"], rows, texts=0),
         "",
         f"Majority votes are right in {votes.accuracy}, with a mean share of {votes.confidence:.1%} of the votes; the "
-        f"expected calibration error is {votes.error:.1%}. In {votes.silent} problems no completion had an answer.",
+        f"expected calibration error is {votes.error:.1%}. Problems without any answer: {votes.silent}.",
     ]
 
 
@@ -133,11 +133,17 @@ def _logprob_lines(logprobs: Logprobs | None) -> list[str]:
     return [
         *markdown_table(["mean log-probability", "completions", "right"], rows, texts=0),
         "",
-        "Of a right and a wrong completion, the right one has the higher mean log-probability in "
-        f"{_share(logprobs.order)} of all pairs (50 % is chance), and in {_share(logprobs.order_within)} of the pairs "
-        "of one problem, in which its difficulty plays no part.",
+        _order(logprobs),
     ]
 
 
-def _share(value: float) -> str:
-    return "none, as there are no such pairs," if math.isnan(value) else f"{value:.1%}"
+def _order(logprobs: Logprobs) -> str:
+    if math.isnan(logprobs.order):
+        return "All completions are right, or all are wrong, so that there are no two whose order would say anything."
+    within = "there is no such pair of one problem"
+    if not math.isnan(logprobs.order_within):
+        within = f"in {logprobs.order_within:.1%} of the pairs of one problem, in which its difficulty plays no part"
+    return (
+        f"Of a right and a wrong completion, the right one has the higher mean log-probability in {logprobs.order:.1%} "
+        f"of all pairs (50 % is chance); {within}."
+    )

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from em_kernels.one_shot.analysis.accuracies import difference_text
 from em_kernels.one_shot.analysis.built_in import built_in_lines
-from em_kernels.one_shot.analysis.drawing import colour, draw_legend, new_axes
+from em_kernels.one_shot.analysis.drawing import begin_at_zero, colour, draw_legend, new_axes
 from em_kernels.one_shot.analysis.published import published_table
 from em_kernels.one_shot.analysis.settings import settings_lines
 from em_kernels.one_shot.analysis.tables import markdown_table
@@ -61,7 +61,8 @@ def draw_comparison(scores: Sequence[Scores]) -> Figure:
         axes.set_title(f"{task} ({len(own[0].by_problem)} problems)", loc="left", fontsize=10)
         axes.set_xticks(sorted({one.temperature for one in scores}))
         # Where nothing is right, the axis would have no extent.
-        axes.set_ylim(0, max(axes.get_ylim()[1], 5.0))
+        axes.set_ylim(top=max(axes.get_ylim()[1], 5.0))
+        begin_at_zero(axes)
         axes.set_xlabel("temperature (0: most likely token)")
         axes.set_ylabel("accuracy, %")
     draw_legend(figure, panels[0], columns=columns)

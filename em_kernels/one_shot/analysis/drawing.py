@@ -36,9 +36,9 @@ def short_name(name: str) -> str:
 
 
 def begin_at_zero(axes: Axes) -> None:
-    """Lets the vertical axis begin a little below 0, so that a dot at 0 is whole."""
+    """Lets the vertical axis begin a little below 0 and end above its highest dot, so that dots at both are whole."""
     top = axes.get_ylim()[1]
-    axes.set_ylim(-0.03 * top, top)
+    axes.set_ylim(-0.03 * top, 1.03 * top)
 
 
 def draw_band(axes: Axes, at: Sequence[float], middle: Sequence[float], spread: Sequence[float], **style: Any) -> None:
@@ -53,8 +53,11 @@ def draw_absence(axes: Axes) -> None:
     axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes, color="gray")
 
 
-def draw_legend(figure: Figure, axes: Axes, *, columns: int = 1) -> None:
-    """One legend for all axes, below them, with the labels of one of them."""
-    handles, labels = axes.get_legend_handles_labels()
-    if labels:
-        figure.legend(handles, labels, loc="outside lower left", ncols=columns, frameon=False, fontsize=9)
+def draw_legend(figure: Figure, *axes: Axes, columns: int = 1) -> None:
+    """One legend for the whole figure, below it, with each label that the given axes have."""
+    labelled = [zip(*one.get_legend_handles_labels(), strict=True) for one in axes]
+    handles = {label: handle for pairs in labelled for handle, label in pairs}
+    if handles:
+        figure.legend(
+            handles.values(), handles.keys(), loc="outside lower left", ncols=columns, frameon=False, fontsize=9
+        )

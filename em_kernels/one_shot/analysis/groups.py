@@ -1,7 +1,7 @@
 """Groups of runs that differ in the seed alone: what to call them, and their metrics with the spread over seeds."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -61,7 +61,12 @@ def named_groups(runs: Iterable[Run]) -> list[Group]:
     if len(groups) == 1:
         return [Group("all", "", groups[0])]
     names = differing(comparable(group[0]) for group in groups)
-    return [Group(_letter(i), _settings_text(group[0], names), group) for i, group in enumerate(groups)]
+    texts = [{name: _setting_text(group[0], name) for name in names} for group in groups]
+    named = _telling(names, texts)
+    more = f" and {len(names) - len(named)} more" if len(names) > len(named) else ""
+    return [
+        Group(_letter(i), ", ".join(texts[i][name] for name in named) + more, group) for i, group in enumerate(groups)
+    ]
 
 
 def band_of(series: Iterable[dict[int, float]]) -> Band:
@@ -75,15 +80,20 @@ def band_of(series: Iterable[dict[int, float]]) -> Band:
     return Band(steps, [fmean(by_step[step]) for step in steps], spread)
 
 
-def _settings_text(run: Run, names: Sequence[str]) -> str:
-    texts = []
-    for name in names[:_NAMED_SETTINGS]:
-        text = setting_text(name, comparable(run).get(name))
-        # A legend has no room for the folders of a model.
-        text = Path(text).name if name == "model" else text
-        texts.append(text if name in ("prompts", "model") else f"{name} {text}")
-    more = len(names) - _NAMED_SETTINGS
-    return ", ".join(texts) + (f" and {more} more" if more > 0 else "")
+def _setting_text(run: Run, name: str) -> str:
+    text = setting_text(name, comparable(run).get(name))
+    # A legend has no room for the folders of a model.
+    text = Path(text).name if name == "model" else text
+    return text if name in ("prompts", "model") else f"{name} {text}"
+
+
+def _telling(names: Sequence[str], texts: Sequence[Mapping[str, str]]) -> list[str]:
+    """As many of the settings as a legend has room for, each of which tells the most groups apart beside the others."""
+    chosen: list[str] = []
+    while len(chosen) < min(_NAMED_SETTINGS, len(names)):
+        left = [name for name in names if name not in chosen]
+        chosen.append(max(left, key=lambda name: len({(*(own[one] for one in chosen), own[name]) for own in texts})))
+    return [name for name in names if name in chosen]
 
 
 def _letter(number: int) -> str:

@@ -11,6 +11,7 @@ from em_kernels.one_shot.analysis.drawing import begin_at_zero, colour, draw_abs
 from em_kernels.one_shot.analysis.run_rows import run_rows
 from em_kernels.one_shot.analysis.runs import Run
 from em_kernels.one_shot.analysis.tables import markdown_table
+from em_kernels.one_shot.metrics import DECIDED
 from em_kernels.one_shot.runs.figures import label_steps
 from em_kernels.one_shot.stopping import AGREEMENT, first_stop
 
@@ -26,6 +27,12 @@ _COLUMNS = (
     ("truncated", "truncated", ".1%"),
     ("repetition", "repeated", ".1%"),
     ("kl", "KL", ".4f"),
+)
+# What the headings leave out.
+UNITS = (
+    "Loss, entropy (at temperature 1) and KL (to the model before training) are in nats per token, lengths in tokens. "
+    f"Decided tokens have less than {DECIDED:g} nats; repeated are runs of four tokens. Under greedy and sampled "
+    "stands the accuracy, after ± its standard error over problems."
 )
 
 

@@ -48,14 +48,21 @@ def load_model(name: str | None, *, trust_remote_code: bool = False) -> tuple[An
             source, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise UsageError(f"model {str(source)!r} cannot be loaded: {reason}") from error
+        raise not_loaded(str(source), error) from error
     if adapter.has_adapter(model):
         adapter.train_adapter(model)
     if tokenizer.pad_token is None:
         # Any token will do as padding, because no mask is ever derived from the padding token.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return model, tokenizer
+
+
+def not_loaded(source: str, error: Exception) -> UsageError:
+    """The error of a model that cannot be loaded, from the one that a library has raised."""
+    reason = str(error).strip().partition("\n")[0].removesuffix(".") or type(error).__name__
+    # A library takes what is no folder for a name on its hub, and speaks of that alone.
+    absent = "" if Path(source).exists() else ", and there is no folder of this name"
+    return UsageError(f"model {source!r} cannot be loaded: {reason}{absent}")
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path, state: dict[str, Tensor] | None = None) -> None:

@@ -79,7 +79,9 @@ class RunFolder:
         if not self.path.exists() or all(is_unfinished(path) or is_lock(path) for path in self.path.iterdir()):
             return
         if not resume:
-            raise UsageError(f"run folder {self.path} is not empty; --resume continues the run in it")
+            raise UsageError(
+                f"run folder {self.path} is not empty; --resume continues the run in it, --output names another"
+            )
         if not self.config.is_file():
             raise UsageError(f"run folder {self.path} is not empty, but holds no run to resume (no config.json)")
         try:
@@ -202,6 +204,18 @@ def default_run_folder(name: str, *, resume: bool) -> Path:
     while os.path.lexists(path):
         number, last, path = number + 1, path, Path("runs", f"{name}-{number + 1}")
     return last if resume and last else path
+
+
+def page_folder(output: Path | None, name: str) -> Path:
+    """The folder that a page and its pictures go into, which is yet to be made: `output`, or a new one in runs/.
+
+    Raises:
+        UsageError: there is something in the folder, which a user may have edited, or which other runs led to.
+    """
+    path = output or default_run_folder(name, resume=False)
+    if path.is_dir() and any(path.iterdir()):
+        raise UsageError(f"folder {path} is not empty, expected a new one for the page; --output names it")
+    return path
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:

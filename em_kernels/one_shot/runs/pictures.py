@@ -76,6 +76,7 @@ def _draw_metrics(loss_axes: Axes, share_axes: Axes, metrics: Sequence[dict[str,
     share_axes.set_ylabel(f"tokens with\nH < {DECIDED:g} nats (%)")
     share_axes.set_ylim(0, 100)
     label_steps(share_axes)
+    loss_axes.sharex(share_axes)
     for axes in (loss_axes, share_axes):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from em_kernels.one_shot.analysis.drawing import draw_absence, draw_band, new_axes
+from em_kernels.one_shot.analysis.drawing import begin_at_zero, draw_absence, draw_band, new_axes
 from em_kernels.one_shot.evaluation.statistics import Estimate
 from em_kernels.one_shot.runs.figures import label_steps
 from em_kernels.one_shot.sweeps.grid import label
@@ -38,8 +38,7 @@ def draw_curves(groups: Sequence[Group]) -> Figure:
     else:
         _draw_accuracy_by_step(accuracy_axes, groups[0])
     for axes in (loss_axes, accuracy_axes):
-        # Zero is in the picture, with room for a marker on it.
-        axes.set_ylim(bottom=-0.02 * axes.get_ylim()[1])
+        begin_at_zero(axes)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, fontsize=9)
     return figure

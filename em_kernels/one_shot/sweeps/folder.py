@@ -84,7 +84,10 @@ class SweepFolder:
             # A sweep whose runs all failed to begin, for a mistyped model perhaps, is no reason to keep its settings.
             if self.runs.exists() and any(self.runs.iterdir()):
                 if not resume:
-                    raise UsageError(f"sweep folder {self.path} is not empty; --resume continues the sweep in it")
+                    raise UsageError(
+                        f"sweep folder {self.path} is not empty; --resume continues the sweep in it, --output names "
+                        "another"
+                    )
                 grid = self._grown(_shared(config_of, grid), grid)
         for settings in combinations(grid):
             config_of(settings)

@@ -1,6 +1,7 @@
 """The grid of a sweep: settings and their values as they are typed, their combinations, and the names of these."""
 
 import csv
+import dataclasses
 import hashlib
 import itertools
 import math
@@ -132,6 +133,4 @@ def _text(value: Any) -> str:
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
-_HINTS = {
-    name: hint for name, hint in typing.get_type_hints(TrainConfig).items() if name in TrainConfig.__dataclass_fields__
-}
+_HINTS = {field.name: typing.get_type_hints(TrainConfig)[field.name] for field in dataclasses.fields(TrainConfig)}

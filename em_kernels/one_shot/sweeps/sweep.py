@@ -56,7 +56,7 @@ def sweep(config_of: ConfigOf, grid: Grid, output: Path, *, resume: bool, launch
 
 def _run_unfinished(folder: SweepFolder, runs: Sequence[Run], launcher: Launcher) -> list[Outcome]:
     left = [run for run in runs if not run.finished]
-    print(f"{len(runs)} runs in {folder.path}, {len(left)} of them to do", flush=True)
+    print(f"{len(runs)} runs in {folder.path}, {len(left)} of them to do; what they print: {folder.logs}", flush=True)
     for run in runs:
         if run.finished:  # It may have ended after the sweep was killed.
             _drop_states(run)

@@ -12,7 +12,7 @@ from run_folders import record, write_run
 
 from em_kernels.cli import main
 from em_kernels.one_shot.analysis.calibration import Bin, Logprobs, Votes, measure_logprobs, measure_votes
-from em_kernels.one_shot.analysis.calibration_page import Calibration, draw_calibration
+from em_kernels.one_shot.analysis.calibration_page import Calibration, describe_calibration, draw_calibration
 from em_kernels.one_shot.evaluation.records import Record, append_records
 from em_kernels.one_shot.evaluation.statistics import Estimate
 
@@ -128,11 +128,32 @@ def test_the_command_tells_models_and_files_apart(tmp_path: Path, capsys: pytest
 def test_the_picture_has_the_bins_of_each_cell() -> None:
     accuracy = Estimate(0.25, 0.125)
     votes = Votes([Bin(3, 0.5, accuracy), Bin(1, 0.75, Estimate(1.0, math.nan))], 0, 0.5, accuracy, 0.1)
-    by_votes, by_logprob = draw_calibration(
+    figure = draw_calibration(
         {"a": Calibration(votes, None), "b": Calibration(None, Logprobs([Bin(2, -0.5, accuracy)], 0.5, 0.5))}
-    ).axes
+    )
+    by_votes, by_logprob = figure.axes
+    assert {text.get_text() for text in figure.legends[0].get_texts()} == {"a", "b"}
     assert error_bars(by_votes) == [("a", [(50, 25, 12.5), (75, 100, 0)])]
     assert error_bars(by_logprob) == [("b", [(-0.5, 25, 12.5)])]
+
+
+@pytest.mark.parametrize(
+    ("order", "within", "said"),
+    [
+        (0.5, 0.25, "log-probability in 50.0% of all pairs (50 % is chance); in 25.0% of the pairs of one problem, in"),
+        (
+            0.5,
+            math.nan,
+            "log-probability in 50.0% of all pairs (50 % is chance); there is no such pair of one problem.",
+        ),
+        (math.nan, math.nan, "All completions are right, or all are wrong, so"),
+    ],
+)
+def test_the_page_says_what_the_order_of_pairs_is(order: float, within: float, said: str) -> None:
+    bins = [Bin(2, -0.5, Estimate(0.25, 0.125))]
+    page = "\n".join(describe_calibration({"a": Calibration(None, Logprobs(bins, order, within))}, []))
+    assert said in page
+    assert "nan" not in page
 
 
 def test_the_settings_of_each_file_are_named(tmp_path: Path) -> None:

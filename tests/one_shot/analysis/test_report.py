@@ -47,6 +47,19 @@ def test_groups_are_named_by_what_differs(tmp_path: Path) -> None:
     assert [group.title for group in named_groups(read_run(folder) for folder in one)] == ["all"]
 
 
+def test_the_names_of_groups_tell_them_apart(tmp_path: Path) -> None:
+    settings = [("a", 4, 0.5), ("b", 2, 0.3), ("b", 2, 0.7)]
+    runs = [
+        write_run(tmp_path / prompt / f"{temperature}", prompts=(prompt,), steps=steps, temperature=temperature)
+        for prompt, steps, temperature in settings
+    ]
+    assert [group.title for group in named_groups(map(read_run, runs))] == [
+        "A: 1 prompt (a), temperature 0.5 and 1 more",
+        "B: 1 prompt (b), temperature 0.3 and 1 more",
+        "C: 1 prompt (b), temperature 0.7 and 1 more",
+    ]
+
+
 def test_accuracies_stand_before_after_and_at_their_best_with_paired_differences(tmp_path: Path) -> None:
     page = _page(write_run(tmp_path / "run", verdicts={0: _WORSE, 2: _BETTER, 4: _WORSE}))
     greedy, sampled, *_ = _cells(page, "all   | run")[1:]

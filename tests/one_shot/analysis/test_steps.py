@@ -68,6 +68,7 @@ def test_the_command_writes_a_table_and_a_picture(tmp_path: Path, capsys: pytest
     text = (output / "steps.md").read_text()
     assert text in capsys.readouterr().out
     assert BUILT_IN_NOTE in text
+    assert "in nats per token, lengths in tokens." in text
     assert image.imread(output / "steps.png").ndim == 3
     assert sorted(path.name for path in output.iterdir()) == ["steps.jsonl", "steps.md", "steps.png"]
 

@@ -164,11 +164,14 @@ def test_what_is_there_when_the_server_dies_is_kept(
         (["evaluate", "--endpoint", "nowhere", "m"], "endpoint is 'nowhere', expected an address"),
         (["evaluate", "--endpoint", "http://[::1/v1", "m"], r"endpoint is 'http://\[::1/v1', expected an address"),
         (["evaluate", "--timeout", "-1"], "argument --timeout: -1 is no time limit; expected seconds, above 0"),
+        (["evaluate", "--samples", "2.5"], "argument --samples: '2.5' is no integer; expected one of at least 1"),
+        (["evaluate", "--timeout", "soon"], "argument --timeout: invalid seconds value: 'soon'"),
+        (["evaluate", "--output", "pool.jsonl"], "error: pool.jsonl: File exists"),
         (["evaluate", "--timeout", "nan"], "argument --timeout: nan is no time limit"),
         (["evaluate", "--timeout", "1e9"], "argument --timeout: 1e9 is no time limit"),
         (["evaluate", "--top-p", "2"], "top_p is 2.0, expected a finite number above 0 and at most 1"),
         (["evaluate", "absent/folder/model"], "model 'absent/folder/model' cannot be loaded"),
-        (["evaluate", "built-in", "absent/folder/model"], "model 'absent/folder/model' cannot be loaded"),
+        (["evaluate", "built-in", "absent/folder/model"], "cannot be loaded: .*, and there is no folder of this name"),
         (["evaluate", "--chat-template", "absent.jinja"], "absent.jinja cannot be read"),
         (["select", "built-in", "--samples", "1"], "samples is 1 and temperature 0.5, expected at least 2 and above 0"),
         (["select", "built-in", "--temperature", "0"], "samples is 8 and temperature 0, expected"),
@@ -234,6 +237,16 @@ def test_select_of_fewer_problems_than_it_is_to_choose_says_so(
     note = "--count is 9, but the pool has 5 problems; the prompt file has all of them"
     assert [line for line in capsys.readouterr().err.splitlines() if note in line]
     assert len((tmp_path / "out" / "prompts.jsonl").read_text().splitlines()) == 5
+
+
+@pytest.mark.parametrize(("answer", "vary"), [(_skilled, True), (answering(completion("It is 4.")), False)])
+def test_select_says_if_no_problem_varies(
+    answer: Any, vary: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--samples", "6", "--output", str(tmp_path / "out"), "--model", "weak", "--quiet"]
+    with hostile_server(otherwise=answer) as server:
+        assert main(["select", _problems(tmp_path / "sums.jsonl", 5), "--endpoint", server.url, *options]) == 0
+    assert ("note: no problem varies" in capsys.readouterr().err) is not vary
 
 
 def test_select_by_agreement_needs_no_answers(tmp_path: Path) -> None:

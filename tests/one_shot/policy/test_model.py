@@ -36,6 +36,7 @@ def test_tokenizer_without_padding_gets_one(tiny: tuple[Any, Any], tmp_path: Pat
 def test_unknown_model(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"^model '.*nothing' cannot be loaded: ") as caught:
         load_model(str(tmp_path / "nothing"))
+    assert str(caught.value).endswith(", and there is no folder of this name")
     assert "\n" not in str(caught.value)
 
 
@@ -45,8 +46,9 @@ def test_truncated_weights(tiny: tuple[Any, Any], tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(UsageError, match="cannot be loaded"):
+    with pytest.raises(UsageError, match="cannot be loaded") as caught:
         load_model(str(tmp_path))
+    assert "no folder" not in str(caught.value)
 
 
 def test_pickled_weights_are_refused(tiny: tuple[Any, Any], tmp_path: Path) -> None:

@@ -54,6 +54,7 @@ def test_picture_shows_losses_and_entropy_as_colour() -> None:
     )
     assert list(loss.lines[0].get_ydata()) == [0.25, 0.125]
     assert list(decided.lines[0].get_ydata()) == [12.5, 25]
+    assert all(float(step).is_integer() for axes in (loss, decided) for step in axes.get_xticks())
     assert before.get_title(loc="left") == "Before: mean entropy 0.50 nats\naccuracy greedy 25.0% ± 7.7%"
     assert after.get_title(loc="left") == "After: mean entropy 1.00 nats"
     assert [text.get_text() for text in before.texts] == list("sure.\u4e2d$x_1")

@@ -89,6 +89,7 @@ def test_a_failed_run_stops_no_other_and_is_named(
     bad, good = _rows(sweep)
     assert (bad["state"], good["state"], good["steps"]) == ("failed", "finished", 2)
     lines = told.splitlines()
+    assert lines[0] == f"2 runs in {sweep}, 2 of them to do; what they print: {sweep / 'logs'}"
     assert sum(line.endswith("starts") for line in lines) == 2
     [done] = [line for line in lines if "  done in " in line]
     assert done.startswith(f"2 of 2  {good['run']}  done in")

@@ -7,12 +7,11 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig
 
-from em_kernels.one_shot.errors import UsageError
 from em_kernels.one_shot.evaluation.engines import Engine
 from em_kernels.one_shot.policy import Policy
 from em_kernels.one_shot.policy.adapter import is_adapter
 from em_kernels.one_shot.policy.chat import ChatFormat
-from em_kernels.one_shot.policy.model import load_model
+from em_kernels.one_shot.policy.model import load_model, not_loaded
 
 
 def check_model(source: str, *, trust_remote_code: bool) -> None:
@@ -26,8 +25,7 @@ def check_model(source: str, *, trust_remote_code: bool) -> None:
     try:
         AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise UsageError(f"model {source!r} cannot be loaded: {reason}") from error
+        raise not_loaded(source, error) from error
 
 
 def load_engine(
