@@ -97,6 +97,7 @@ constexpr Kernels kKernels[] = {
 
 inline int best_instructions() {
 #if defined(__x86_64__)
+  __builtin_cpu_init();  // This may run before the constructor that would do it.
   if (__builtin_cpu_supports("avx512f")) return 2;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return 1;
 #endif

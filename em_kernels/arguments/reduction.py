@@ -24,7 +24,7 @@ def divisor_of(reduction: str, num_items: int | Tensor | None, tokens: Tokens, s
         return Divisor()
     if tokens.token_weight is not None:
         return Divisor(of_weights=True)
-    return Divisor(number=tokens.shape.numel() or 1)
+    return Divisor(number=_at_least_1(tokens.shape.numel()))
 
 
 def reduced(entropy: Tensor, reduction: str, divisor: Divisor, tokens: Tokens) -> Tensor:
@@ -47,4 +47,9 @@ def _given_divisor(num_items: int | Tensor, source: Source) -> Divisor:
     count = as_integer("num_items_in_batch", num_items, expected)
     if count < 0:
         raise ValueError(f"num_items_in_batch is {count}, expected at least 0")
-    return Divisor(number=count or 1)
+    return Divisor(number=_at_least_1(count))
+
+
+def _at_least_1(count: int) -> int:
+    # `count or 1` would ask torch.compile for a truth that a count it does not know has none of.
+    return count if count != 0 else 1

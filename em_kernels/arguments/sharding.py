@@ -12,8 +12,8 @@ from torch import distributed as dist
 
 from em_kernels.ops import sharded
 
-# What most arguments are, told by one comparison.
-_PLAIN = (Tensor, torch.nn.Parameter, type(None), float, int)
+# What most arguments are, and is no DTensor.
+_NO_DTENSOR = frozenset((Tensor, torch.nn.Parameter, type(None), float, int))
 
 
 class VocabShard(NamedTuple):
@@ -114,7 +114,7 @@ def _local(name: str, value: Any, layout: Layout | None) -> Tensor:
 
 
 def _is_dtensor(value: object) -> TypeGuard[Any]:
-    if type(value) in _PLAIN or not isinstance(value, Tensor):
+    if type(value) in _NO_DTENSOR or not isinstance(value, Tensor):
         return False
     # Importing the class takes longer than all of this package, so plain tensors do not.
     from torch.distributed.tensor import DTensor

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from em_kernels.ops.backends import native, triton
 from em_kernels.ops.backends import torch as pytorch
-from em_kernels.ops.types import CPU, Divisor, Saved, Statistics, Sums, Temperature, Upstream, Wanted
+from em_kernels.ops.types import CPUS, Divisor, Saved, Statistics, Sums, Temperature, Upstream, Wanted
 
 
 class Backend(Protocol):
@@ -123,7 +123,7 @@ def choose(device: torch.device, dtype: torch.dtype) -> str:
     """The name of the first backend that runs on tensors of this device and dtype and is taken there unasked."""
     # A generator would be half of the time that this takes.
     for name, entry in _REGISTRY.items():
-        if (entry.chosen_on_cpu or device != CPU) and not entry.unavailable_reason(device, dtype):
+        if (entry.chosen_on_cpu or device not in CPUS) and not entry.unavailable_reason(device, dtype):
             return name
     raise AssertionError("the backend 'torch' runs everywhere")
 

@@ -11,8 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# A device is compared with it in a fraction of the time in which `device.type` makes a string.
-CPU = torch.device("cpu")
+# The CPU as tensors name it, and as fake tensors may. A device is compared with both in a fraction of the time in which
+# `device.type` makes a string.
+CPUS = (torch.device("cpu"), torch.device("cpu", 0))
+
 RowIndex = slice | Tensor
 
 
@@ -23,7 +25,7 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def host_sees(tensor: Tensor) -> bool:
     """Whether the host can look at the tensor's values without waiting for a device."""
-    return tensor.device == CPU
+    return tensor.device in CPUS
 
 
 def rows_of_logits(logits: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from em_kernels.ops import backend, statistics
 from em_kernels.ops.backend import Backend
+from em_kernels.ops.backends import triton
 from em_kernels.ops.types import EXTRA, Divisor, Sums, Temperature, Upstream, Wanted, statistics_dtype
 
 INF, NAN = float("inf"), float("nan")
@@ -68,6 +69,19 @@ def subject(request) -> Subject:
     if reason is not None:
         pytest.skip(reason)
     return Subject(request.param, backend.implementation(request.param), device)
+
+
+def test_the_interpreter_takes_tensors_of_the_cpu_alone(monkeypatch):
+    monkeypatch.setattr(triton, "_interpreted", lambda: True)
+    monkeypatch.setattr(triton, "_INSTALLED", True)
+    assert triton.unavailable_reason(torch.device("cpu", 0), torch.float32) is None
+    assert "the logits are on meta" in str(triton.unavailable_reason(torch.device("meta"), torch.float32))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cpu:0"])
+def test_the_choice_on_the_cpu(device):
+    runs = [name for name in ("native", "torch") if backend.unavailable_reason(name, torch.device("cpu")) is None]
+    assert backend.choose(torch.device(device), torch.float32) == runs[0]
 
 
 def draw(vocab: int) -> tuple[Tensor, Tensor, Tensor]:

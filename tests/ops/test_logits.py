@@ -108,6 +108,22 @@ def test_compiles_whole_with_dynamic_shapes(fresh_compiler, name, backend):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
 
 
+@pytest.mark.parametrize("backend", [None, "native"])
+def test_compiles_whole_on_the_cpu_by_its_number(fresh_compiler, backend):
+    compiled = torch.compile(
+        lambda logits: entropy_loss(logits.to("cpu:0"), backend=backend), fullgraph=True, backend="eager"
+    )
+    logits = torch.randn(3, 40)
+    assert torch.equal(compiled(logits), entropy_loss(logits, backend=backend))
+
+
+def test_compiles_where_the_number_of_tokens_depends_on_data(fresh_compiler):
+    logits, mask = torch.randn(6, 40), torch.tensor([True, False, True, True, False, True])
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True):
+        compiled = torch.compile(lambda logits, mask: entropy_loss(logits[mask]), backend="eager")
+        torch.testing.assert_close(compiled(logits, mask), entropy_loss(logits, mask))
+
+
 def test_compiles_with_inductor(fresh_compiler):
     logits = torch.randn(3, 5, 40)
     leaf, other = logits.clone().requires_grad_(), logits.clone().requires_grad_()

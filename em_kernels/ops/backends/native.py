@@ -20,7 +20,7 @@ from torch import Tensor
 
 from em_kernels.ops.backends.torch import scale_ as scale_
 from em_kernels.ops.types import (
-    CPU,
+    CPUS,
     Divisor,
     Saved,
     Statistics,
@@ -36,7 +36,8 @@ LIBRARY = Path(__file__).parents[2] / "_entropy_cpu.so"
 # As csrc/dtypes.h numbers them.
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-# The arguments of each function as csrc/entropy_cpu.cpp declares them, in the characters of `struct`.
+# The arguments of each function as csrc/entropy_cpu.cpp declares them, in the characters of `struct`, which pads
+# them as the compiler does.
 _ROWS = "Piqqq"  # pointer, dtype, inner, outer stride, inner stride
 _GIVEN = f"{_ROWS}qqdq"  # logits, rows, V, soft cap, threads
 _TEMPERATURE = "Pd"
@@ -56,7 +57,7 @@ _RESULTS = {"em_entropy_with_gradient": ctypes.c_float}
 
 def unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the compiled kernels cannot run on tensors of this device and dtype, or None if they can."""
-    if device != CPU:
+    if device not in CPUS:
         return f"the compiled kernels run on the CPU and the logits are on {device}"
     if dtype not in _DTYPES:
         return f"the compiled kernels take {', '.join(map(str, _DTYPES))} and the logits are {dtype}"
@@ -119,7 +120,7 @@ def entropy_with_gradient(
     loss = _call(
         "em_entropy_with_gradient", logits, softcap, kept, weight, divided_by, of_weights, *temperature, *_out(out)
     )
-    return torch.scalar_tensor(loss, dtype=torch.float32, device=CPU)
+    return torch.scalar_tensor(loss, dtype=torch.float32, device=logits.device)
 
 
 def _out(out: Tensor | None) -> tuple[Tensor | None, int, int, int, int]:
@@ -163,11 +164,14 @@ def _load() -> dict[str, tuple[Callable[[bytes], float], Callable[..., bytes]]] 
         return "the compiled CPU kernels were not built (no C++ compiler when em_kernels was installed)"
     try:
         library = ctypes.CDLL(str(LIBRARY))
-        functions = {}
-        for name, arguments in _ARGUMENTS.items():
-            function = getattr(library, name)
-            function.argtypes, function.restype = (ctypes.c_char_p,), _RESULTS.get(name)
-            functions[name] = function, struct.Struct(arguments).pack
-    except (OSError, AttributeError) as error:
+    except OSError as error:
         return f"the compiled CPU kernels cannot be loaded: {error}"
+    functions = {}
+    for name, fields in _ARGUMENTS.items():
+        layout, size = struct.Struct(fields), getattr(library, f"{name}_size", None)
+        if size is None or size() != layout.size:
+            return "the compiled CPU kernels come from other sources than this code; install em_kernels again"
+        function = getattr(library, name)
+        function.argtypes, function.restype = (ctypes.c_char_p,), _RESULTS.get(name)
+        functions[name] = function, layout.pack
     return functions

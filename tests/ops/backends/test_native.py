@@ -471,6 +471,34 @@ def test_library_that_cannot_be_loaded_is_a_reason_not_an_error(tmp_path, monkey
         native._load.cache_clear()
 
 
+def test_library_of_other_sources_is_a_reason_not_a_crash(monkeypatch):
+    monkeypatch.setitem(native._ARGUMENTS, "em_row_gradient", native._ARGUMENTS["em_row_gradient"] + "q")
+    native._load.cache_clear()
+    try:
+        with pytest.raises(RuntimeError, match="other sources than this code"):
+            row_statistics(torch.zeros(1, 1, 4))
+    finally:
+        native._load.cache_clear()
+
+
+def test_library_of_older_sources_is_a_reason_not_a_crash(monkeypatch):
+    monkeypatch.setitem(native._ARGUMENTS, "em_limit_instructions", "q")
+    native._load.cache_clear()
+    try:
+        assert "other sources than this code" in str(native.unavailable_reason(CPU, torch.float32))
+    finally:
+        native._load.cache_clear()
+
+
+def test_a_gradient_has_strides_of_its_own():
+    logits = torch.randn(2, 3, 7)
+    out = torch.empty(1, 6, 9)[:, :, :7]
+    loss, gradient = entropy_with_gradient(logits)
+    actual = native.entropy_with_gradient(logits, None, Divisor(), Temperature(), out)
+    assert torch.equal(actual, loss)
+    assert torch.equal(out.reshape(2, 3, 7), gradient)
+
+
 @pytest.mark.parametrize(
     ("device", "dtype", "reason"),
     [("cuda", torch.float32, "the logits are on cuda"), ("cpu", torch.float64, "the logits are torch.float64")],

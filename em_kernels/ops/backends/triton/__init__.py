@@ -4,7 +4,7 @@ import importlib.util
 
 import torch
 
-from em_kernels.ops.types import CPU
+from em_kernels.ops.types import CPUS
 
 _INSTALLED = importlib.util.find_spec("triton") is not None
 
@@ -15,7 +15,7 @@ def unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
         return "the Triton kernels compute in float32 and the logits are float64; use 'torch'"
     if not _INSTALLED:
         return "Triton is not installed"
-    if device.type != "cuda" and not (device == CPU and _interpreted()):
+    if device.type != "cuda" and not (device in CPUS and _interpreted()):
         return f"Triton compiles for a GPU and the logits are on {device} (TRITON_INTERPRET=1 runs it on the CPU)"
     return None
 
