@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import printed_by
 
 from em_kernels import __version__
 from em_kernels.cli import main
@@ -44,7 +45,7 @@ def _error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     assert said.out == ""
     # Loading a model prints a progress bar; nothing else may be printed besides the message.
     [message] = [line for line in re.split(r"[\r\n]+", said.err) if line and not line.startswith("Loading weights")]
-    assert re.match(r"em-kernels( train)?: error: ", message)
+    assert re.match(r"em-kernels( [a-z]+)*: error: ", message)
     return message
 
 
@@ -137,6 +138,10 @@ def test_authors_preset_says_what_it_is(
         ("train --chat-template nothing.jinja", "file nothing.jinja cannot be read: No such file or directory"),
         ("train --chat-template {tmp}/t.jinja", "t.jinja, line 2: not a chat template (Expected an expression, got"),
         ("train --colour red", "em-kernels train: error: unrecognized arguments: --colour red (see em-kernels train "),
+        (
+            "analyze steps run --colour red",
+            "em-kernels analyze steps: error: unrecognized arguments: --colour red (see",
+        ),
         ("train --prompt-file nothing.txt", "file nothing.txt cannot be read: No such file or directory"),
         ("train --model /nowhere/model --output {tmp}/run", "model '/nowhere/model' cannot be loaded: "),
         ("train --output {tmp}", "is not empty; --resume continues the run in it, --output names another"),
@@ -193,7 +198,7 @@ def test_interrupted_run_says_how_to_go_on_and_does(tiny_folder: Path, tmp_path:
                 time.sleep(0.02)
                 run.send_signal(signum)
                 break
-        _, said = run.communicate()
+        _, said = printed_by(run)
         assert run.returncode == 128 + signum, said
         last = said.splitlines()[-1]
         assert last == f"em-kernels train: interrupted; go on with: em-kernels {shlex.join([*command, '--resume'])}"

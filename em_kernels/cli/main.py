@@ -39,7 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "train_options" in options:
         options["train_options"] = others
     elif others:
-        Parser(prog=f"em-kernels {command}").error(f"unrecognized arguments: {' '.join(others)}")
+        kind = [options["kind"]] if "kind" in options else []
+        Parser(prog=" ".join(["em-kernels", command, *kind])).error(f"unrecognized arguments: {' '.join(others)}")
     interruption = Interruption()
     try:
         with interruption:
@@ -61,9 +62,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _said(error: UsageError | OSError) -> str:
     """What the error says, without the number that an error of the system begins with."""
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    return str(error)
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    # Of a rename, the second is the name that was meant.
+    names = [str(name) for name in (error.filename2 or error.filename,) if name is not None]
+    return ": ".join([*names, error.strerror])
 
 
 def _parser() -> argparse.ArgumentParser:

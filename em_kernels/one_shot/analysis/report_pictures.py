@@ -66,8 +66,9 @@ def draw_accuracy(groups: Sequence[Group]) -> Figure:
                 label=f"{group.title}, {'deviation over seeds' if over_seeds else 'standard error over problems'}",
             )
         axes.set_title(f"accuracy, {decoding}", loc="left", fontsize=10)
-        begin_at_zero(axes)
         label_steps(axes)
+    # The panels share the axis, whose end is known once all are drawn.
+    begin_at_zero(panels[0])
     panels[0].set_ylabel("%")
     draw_legend(figure, panels[0])
     return figure

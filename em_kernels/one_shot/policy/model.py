@@ -60,8 +60,9 @@ def load_model(name: str | None, *, trust_remote_code: bool = False) -> tuple[An
 def not_loaded(source: str, error: Exception) -> UsageError:
     """The error of a model that cannot be loaded, from the one that a library has raised."""
     reason = str(error).strip().partition("\n")[0].removesuffix(".") or type(error).__name__
-    # A library takes what is no folder for a name on its hub, and speaks of that alone.
-    absent = "" if Path(source).exists() else ", and there is no folder of this name"
+    # Where a library cannot ask its hub for a name, it speaks of that alone.
+    of_hub = isinstance(error, OSError) and "local folder" not in reason and not Path(source).exists()
+    absent = ", and there is no folder of this name" if of_hub else ""
     return UsageError(f"model {source!r} cannot be loaded: {reason}{absent}")
 
 

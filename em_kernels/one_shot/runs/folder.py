@@ -210,11 +210,13 @@ def page_folder(output: Path | None, name: str) -> Path:
     """The folder that a page and its pictures go into, which is yet to be made: `output`, or a new one in runs/.
 
     Raises:
-        UsageError: there is something in the folder, which a user may have edited, or which other runs led to.
+        UsageError: it is no folder, or there is something in it, which a user may have edited.
     """
     path = output or default_run_folder(name, resume=False)
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"{path} is no folder, expected a new one for the page; --output names another")
     if path.is_dir() and any(path.iterdir()):
-        raise UsageError(f"folder {path} is not empty, expected a new one for the page; --output names it")
+        raise UsageError(f"folder {path} is not empty, expected a new one for the page; --output names another")
     return path
 
 

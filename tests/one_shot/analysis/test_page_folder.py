@@ -29,3 +29,5 @@ def test_no_page_is_written_over_another(
     assert main([*_page(tmp_path, *command), "--output", str(page.parent)]) == 2
     assert f"error: folder {page.parent} is not empty, expected a new one for the page" in capsys.readouterr().err
     assert page.read_text() == "edited"
+    assert main([*_page(tmp_path, *command), "--output", str(page)]) == 2
+    assert f"error: {page} is no folder, expected a new one for the page" in capsys.readouterr().err

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from drawn import bands, error_bars, lines
 from matplotlib import image
-from run_folders import metrics_row, write_run
+from run_folders import metrics_row, write_lines, write_run
 
 from em_kernels.cli import main
 from em_kernels.one_shot.analysis.built_in import BUILT_IN_NOTE
@@ -161,6 +161,14 @@ def test_curves_are_means_with_bands_of_the_deviation_over_seeds(tmp_path: Path)
     assert lines(decided)[first[0]] == [(1, 10), (2, 20)]
     assert lines(lengths)[first[0]] == [(1, 51), (2, 52)]
     assert lines(truncated)[first[0]] == [(1, 25), (2, 25)]
+
+
+def test_accuracies_that_are_higher_where_sampled_are_in_the_picture(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", verdicts={0: _WORSE, 2: _WORSE})
+    rows = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
+    write_lines(run / "evaluations.jsonl", [row | {"accuracy": 0.9} if row["temperature"] else row for row in rows])
+    for axes in draw_accuracy(named_groups([read_run(run)])).axes:
+        assert axes.get_ylim()[1] > 90
 
 
 def test_accuracies_have_the_deviation_over_seeds_or_the_error_over_problems(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from processes import printed_by
 from train_process import train_processes, wait_for_end
 
 from em_kernels.cli import main
@@ -35,7 +36,8 @@ if "train" in sys.orig_argv:
 
     def held(run, values):
         append_metrics(run, values)
-        while values["step"] == 2 and not Path({file!r}).exists():
+        deadline = time.monotonic() + 300
+        while values["step"] == 2 and not Path({file!r}).exists() and time.monotonic() < deadline:
             time.sleep(0.01)
 
     RunFolder.append_metrics = held
@@ -87,11 +89,13 @@ def test_the_run_of_a_killed_worker_is_done_again(cluster: str, go_on: Path, tin
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     ) as sweep:
-        train = _kill_worker(killed, sweep)
-        wait_for_end(train)
-        assert not (killed / "checkpoint").exists()
-        go_on.touch()
-        told, said = sweep.communicate()
+        try:
+            train = _kill_worker(killed, sweep)
+            wait_for_end(train)
+            assert not (killed / "checkpoint").exists()
+        finally:
+            go_on.touch()
+        told, said = printed_by(sweep)
     assert sweep.returncode == 0, said
 
     rows = [json.loads(line) for line in (output / "table.jsonl").read_text().splitlines()]

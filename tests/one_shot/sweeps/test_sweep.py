@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from processes import printed_by
 from train_process import train_processes, wait_for_end
 
 from em_kernels.cli import main
@@ -116,7 +117,7 @@ def test_an_interrupted_sweep_ends_its_runs_and_says_how_to_go_on(tiny_folder: P
     _wait(lambda: bool(_steps(run)), sweep)
     [train] = train_processes(run)
     sweep.terminate()
-    _, said = sweep.communicate()
+    _, said = printed_by(sweep)
     assert sweep.returncode == 128 + signal.SIGTERM, said
     *_, ending, last = filter(None, said.splitlines())
     assert ending == "ending 1 runs, each after its step under way; a second signal ends them at once"

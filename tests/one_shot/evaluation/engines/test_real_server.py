@@ -46,8 +46,9 @@ def endpoint(model: Path) -> Iterator[str]:
     log = model / "log"
     with taken, log.open("wb") as file, subprocess.Popen(command, env=environment, stdout=file, stderr=file) as server:
         try:
-            for _ in range(3000):
-                assert server.poll() is None, log.read_text()
+            deadline = time.monotonic() + 300
+            while True:
+                assert server.poll() is None and time.monotonic() < deadline, log.read_text()  # noqa: PT018
                 try:
                     urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
                     break
