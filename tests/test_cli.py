@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import importlib.metadata
 import json
 import re
@@ -16,6 +17,7 @@ from processes import printed_by
 
 from em_kernels import __version__
 from em_kernels.cli import main
+from em_kernels.cli.main import _said
 from em_kernels.one_shot.config import PRESETS, TrainConfig
 from em_kernels.one_shot.policy.chat import SYSTEM_TEXTS
 
@@ -47,6 +49,19 @@ def _error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     [message] = [line for line in re.split(r"[\r\n]+", said.err) if line and not line.startswith("Loading weights")]
     assert re.match(r"em-kernels( [a-z]+)*: error: ", message)
     return message
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.EISDIR, "Is a directory", "temporary", None, "meant"), "meant: Is a directory"),
+        (OSError(errno.EISDIR, "Is a directory", "meant"), "meant: Is a directory"),
+        (OSError(errno.EPIPE, "Broken pipe"), "Broken pipe"),
+        (OSError("no number"), "no number"),
+    ],
+)
+def test_errors_of_the_system_are_said_in_words(error: OSError, said: str) -> None:
+    assert _said(error) == said
 
 
 def test_presets_and_flags(

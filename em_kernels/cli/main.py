@@ -65,8 +65,8 @@ def _said(error: UsageError | OSError) -> str:
     if not isinstance(error, OSError) or error.strerror is None:
         return str(error)
     # Of a rename, the second is the name that was meant.
-    names = [str(name) for name in (error.filename2 or error.filename,) if name is not None]
-    return ": ".join([*names, error.strerror])
+    name = error.filename2 or error.filename
+    return error.strerror if name is None else f"{name}: {error.strerror}"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -454,6 +454,14 @@ def test_a_rank_without_columns_has_the_sums_of_none():
     assert all((x == 0).all() for x in sums[1:])
 
 
+@pytest.fixture
+def load_anew():
+    native._load.cache_clear()
+    yield
+    native._load.cache_clear()
+
+
+@pytest.mark.usefixtures("load_anew")
 @pytest.mark.parametrize(
     ("content", "reason"), [(None, "not built"), (b"not a library", "cannot be loaded")], ids=["missing", "broken"]
 )
@@ -462,32 +470,22 @@ def test_library_that_cannot_be_loaded_is_a_reason_not_an_error(tmp_path, monkey
     if content is not None:
         library.write_bytes(content)
     monkeypatch.setattr(native, "LIBRARY", library)
-    native._load.cache_clear()
-    try:
-        assert reason in str(native.unavailable_reason(CPU, torch.float32))
-        with pytest.raises(RuntimeError, match=reason):
-            row_statistics(torch.zeros(1, 1, 4))
-    finally:
-        native._load.cache_clear()
+    assert reason in str(native.unavailable_reason(CPU, torch.float32))
+    with pytest.raises(RuntimeError, match=reason):
+        row_statistics(torch.zeros(1, 1, 4))
 
 
-def test_library_of_other_sources_is_a_reason_not_a_crash(monkeypatch):
-    monkeypatch.setitem(native._ARGUMENTS, "em_row_gradient", native._ARGUMENTS["em_row_gradient"] + "q")
-    native._load.cache_clear()
-    try:
-        with pytest.raises(RuntimeError, match="other sources than this code"):
-            row_statistics(torch.zeros(1, 1, 4))
-    finally:
-        native._load.cache_clear()
-
-
-def test_library_of_older_sources_is_a_reason_not_a_crash(monkeypatch):
-    monkeypatch.setitem(native._ARGUMENTS, "em_limit_instructions", "q")
-    native._load.cache_clear()
-    try:
-        assert "other sources than this code" in str(native.unavailable_reason(CPU, torch.float32))
-    finally:
-        native._load.cache_clear()
+@pytest.mark.usefixtures("load_anew")
+@pytest.mark.parametrize(
+    ("function", "fields"),
+    [("em_row_gradient", native._ARGUMENTS["em_row_gradient"] + "q"), ("em_limit_instructions", "q")],
+    ids=["other", "older"],
+)
+def test_library_of_other_sources_is_a_reason_not_a_crash(monkeypatch, function, fields):
+    monkeypatch.setitem(native._ARGUMENTS, function, fields)
+    assert "other sources than this code" in str(native.unavailable_reason(CPU, torch.float32))
+    with pytest.raises(RuntimeError, match="other sources than this code"):
+        row_statistics(torch.zeros(1, 1, 4))
 
 
 def test_a_gradient_has_strides_of_its_own():

@@ -48,7 +48,8 @@ def endpoint(model: Path) -> Iterator[str]:
         try:
             deadline = time.monotonic() + 300
             while True:
-                assert server.poll() is None and time.monotonic() < deadline, log.read_text()  # noqa: PT018
+                assert server.poll() is None, log.read_text()
+                assert time.monotonic() < deadline, log.read_text()
                 try:
                     urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
                     break
