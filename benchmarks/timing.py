@@ -12,6 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -23,8 +24,12 @@ _WARM_SECONDS = 1.0
 _FEWEST_ROUNDS = 5
 # The wait is about a millisecond at 2 GHz, longer than the host takes to enqueue most contenders.
 _DEVICE_WAIT_CYCLES = 2_000_000
-# Inputs of this many times the second-level cache in all leave nothing of an input in the cache.
+# Inputs of this many times the cache in all leave nothing of an input in the cache.
 _CACHES_TO_EXCEED = 3
+# Inputs that would need more than this are those of the tests, whose times tell nothing.
+_MOST_SLOTS = 64
+_CPU_CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")  # such as 32768K
+_USUAL_CPU_CACHE = 32 << 20
 
 
 class Timing(NamedTuple):
@@ -170,11 +175,17 @@ def summary(times: list[float], host_seconds: float) -> Timing:
 
 
 def slots_beyond_cache(input_bytes: int, device: torch.device) -> int:
-    """Return how many inputs of this size to rotate, so that each has left the GPU's second-level cache at its turn."""
-    if device.type == "cpu":
-        return 1
-    cache = torch.cuda.get_device_properties(device).L2_cache_size
-    return max(2, -(-_CACHES_TO_EXCEED * cache // input_bytes))
+    """Return how many inputs of this size to rotate, so that each has left the last cache before memory at its turn."""
+    return min(max(2, -(-_CACHES_TO_EXCEED * _last_cache(device) // input_bytes)), _MOST_SLOTS)
+
+
+def _last_cache(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    try:
+        return int(_CPU_CACHE.read_text().strip().removesuffix("K")) << 10
+    except (OSError, ValueError):
+        return _USUAL_CPU_CACHE
 
 
 def _host_clock(run: Callable[[int], Any], slot: int, device: torch.device) -> tuple[float, float, Any]:

@@ -82,7 +82,7 @@ EM_EXPORT void em_row_sums(const RowSums& at) {
   const Given& in = at.given;
   const Softcap cap(in.softcap);
   const Wanted wanted = at.count ? Wanted::kExtra : at.b ? Wanted::kSecondMoment : Wanted::kEntropy;
-  for_each_row(in.rows, in.vocab, rows_at_a_time(in.vocab), in.threads, [&](int64_t r) {
+  for_each_row(in.rows, in.vocab, in.threads, [&](int64_t r) {
     Sums sums{};
     if (at.kept[r]) {
       const Logits& z = in.logits;
@@ -115,7 +115,7 @@ EM_EXPORT void em_row_statistics(const RowStatistics& at) {
   const Logits& z = in.logits;
   const Softcap cap(in.softcap);
   const Wanted wanted = at.extra ? Wanted::kExtra : at.varentropy ? Wanted::kSecondMoment : Wanted::kEntropy;
-  for_each_row(in.rows, in.vocab, rows_at_a_time(in.vocab), in.threads, [&](int64_t r) {
+  for_each_row(in.rows, in.vocab, in.threads, [&](int64_t r) {
     Statistics row{};
     if (at.kept[r]) {
       const int64_t t = at.target[r];
@@ -149,7 +149,7 @@ EM_EXPORT void em_row_gradient(const RowGradient& at) {
   const Logits& z = in.logits;
   const Gradient& out = at.out;
   const Softcap cap(in.softcap);
-  const Writing writing(z, out, in.rows, in.vocab, in.threads);
+  const Writing writing(z, out, in.rows, in.vocab);
   const auto write_row = [&](int64_t r) {
     void* const to = out[r];
     const Saved row(at.saved, in.rows, r);
@@ -170,7 +170,7 @@ EM_EXPORT void em_row_gradient(const RowGradient& at) {
     const double value = coefficients.at_target((of_target.value - row.m) * scale.inv_tau_exact);
     kernels().set(element(to, t, out.dtype), out.dtype, static_cast<float>(value * of_target.slope));
   };
-  share_rows(in.rows, in.vocab, writing.rows_at_a_time, in.threads, [&](const auto& next) {
+  share_rows(in.rows, in.vocab, in.threads, [&](const auto& next) {
     for (int64_t r; (r = next()) >= 0;) write_row(r);
     writing.finish();
   });
@@ -197,7 +197,7 @@ struct EntropyWithGradient {
 EM_EXPORT float em_entropy_with_gradient(const EntropyWithGradient& at) {
   const Given& in = at.given;
   const Softcap cap(in.softcap);
-  const Writing writing(in.logits, at.out, in.rows, in.vocab, in.threads);
+  const Writing writing(in.logits, at.out, in.rows, in.vocab);
   double divisor = at.divisor;
   if (at.of_weights) {
     double total = 0;
@@ -205,7 +205,7 @@ EM_EXPORT float em_entropy_with_gradient(const EntropyWithGradient& at) {
     divisor *= total == 0 ? 1 : total;
   }
   std::vector<double> weighted(static_cast<size_t>(in.rows));
-  share_rows(in.rows, in.vocab, writing.rows_at_a_time, in.threads, [&](const auto& next) {
+  share_rows(in.rows, in.vocab, in.threads, [&](const auto& next) {
     WeightedEntropy entropy(in.logits, at.out, in.vocab, cap, writing.past_cache);
     for (int64_t r; (r = next()) >= 0;) {
       const double w = at.token_weight[r];

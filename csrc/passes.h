@@ -65,10 +65,11 @@ EM_INLINE float block_maximum(const float* z, int64_t n, float m) {
 }
 
 // Adds the terms of a block to the sums, and hands on the exponentials of the vector at i to each(i, exponentials); fetches
-// the `ahead_size` bytes per logit at `ahead` into the cache meanwhile.
+// the `ahead_size` bytes per logit at `ahead`, where the next block is, into the first-level cache meanwhile, and where
+// `further` what lies three blocks after that into the second-level cache.
 template <class Each>
 EM_INLINE void add_block(const float* z, int64_t n, const Scale& scale, Wanted wanted, bool exact, const char* ahead,
-                         int64_t ahead_size, Sums& sums, const Each& each) {
+                         int64_t ahead_size, bool further, Sums& sums, const Each& each) {
   // Lanes sum runs of 8 terms in float32: the one lane whose sum starts with the maximum's 1 rounds all that follows to
   // 2^-24, and the entropy of a row that is almost one-hot is no larger than a few such errors.
   constexpr int64_t kRun = 16 * EM_LANES;
@@ -99,7 +100,9 @@ EM_INLINE void add_block(const float* z, int64_t n, const Scale& scale, Wanted w
     for (; i + 2 * EM_LANES <= end; i += 2 * EM_LANES) {
       for (int k = 0; k < 2; ++k) {
         // The search for the next block's maximum has no arithmetic to speak of for memory to hide behind.
-        __builtin_prefetch(ahead + (i + k * EM_LANES) * ahead_size);
+        const char* const next = ahead + (i + k * EM_LANES) * ahead_size;
+        __builtin_prefetch(next);
+        if (further) __builtin_prefetch(next + 3 * kBlock * ahead_size, 0, 2);
         const Float logits = load(z + i + k * EM_LANES);
         each(i + k * EM_LANES, add(k, logits, logits));
       }
@@ -140,7 +143,7 @@ EM_INLINE Sums pass(const void* z, int64_t n, Dtype dtype, int64_t left_out, con
     const float m = block_maximum(values, length, sums.m);
     if (m > sums.m) sums.move_to(m, scale.inv_tau_exact);
     const char* const ahead = static_cast<const char*>(element(z, i + kBlock, dtype));
-    add_block(values, length, scale, wanted, exact, ahead, size_of(dtype), sums, [](int64_t, Float) {});
+    add_block(values, length, scale, wanted, exact, ahead, size_of(dtype), false, sums, [](int64_t, Float) {});
     i += length;
   }
   return checked(sums);

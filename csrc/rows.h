@@ -36,25 +36,13 @@ using Gradient = Rows<void*>;
 // allocations from the kernel, always). Measured on 100 MB: stores that bypass the cache take 0.85 of the time into memory
 // in use; huge pages take 0.3 to 0.4 of it into memory touched for the first time.
 constexpr int64_t kLargeGradient = int64_t{32} << 20;
-constexpr int64_t kHugePage = int64_t{2} << 20;
-
-// How many rows a thread takes at a time: 2^14 elements or a row, whichever is more.
-inline int64_t rows_at_a_time(int64_t vocab) {
-  return std::max<int64_t>(1, (int64_t{1} << 14) / std::max<int64_t>(1, vocab));
-}
 
 // How the rows of a gradient are written.
 struct Writing {
-  bool past_cache;
-  int64_t rows_at_a_time;
+  bool past_cache = false;
 
-  Writing(const Logits& logits, const Gradient& out, int64_t rows, int64_t vocab, int64_t threads)
-      : past_cache(false), rows_at_a_time(::rows_at_a_time(vocab)) {
+  Writing(const Logits& logits, const Gradient& out, int64_t rows, int64_t vocab) {
     if (rows == 0 || !out.first) return;
-    // Of two threads that touch the same huge page first both clear one, in vain, and of two that work on neighbouring
-    // rows each prefetches lines that the other is writing: rows are taken a page at a time.
-    const int64_t rows_of_page = kHugePage / std::max<int64_t>(1, vocab * size_of(out.dtype)) + 1;
-    rows_at_a_time = std::max(rows_at_a_time, std::min(rows_of_page, rows / (4 * threads)));
     const char* const first = static_cast<const char*>(out.first);
     const char* const end = static_cast<const char*>(element(out[rows - 1], vocab, out.dtype));
     if (out.first == logits.first || end - first < kLargeGradient) return;

@@ -75,7 +75,7 @@ def entropy_loss(
     needs_grad = logits.requires_grad and torch.is_grad_enabled()
     in_place = inplace_backward and needs_grad and not is_traced(logits)
     if in_place:
-        check_inplace(logits, rows_of_logits(logits))
+        check_inplace(logits)
     # The gradient of float16 logits underflows unless it is made after the loss scale is known.
     if reduction != "none" and shard is None and not (needs_grad and logits.dtype == torch.float16):
         return operators.entropy_with_gradient(

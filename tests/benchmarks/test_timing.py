@@ -9,7 +9,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import timing
 import training_step
-from timing import Call, Timing, Unusable, measure, summary
+from timing import Call, Timing, Unusable, measure, slots_beyond_cache, summary
 
 CPU = torch.device("cpu")
 
@@ -80,6 +80,13 @@ def test_contenders_alternate_over_all_slots_and_are_restored_after_each_call(mo
     assert order == "aaabbb" + "abbaabbaab"
     assert [slot for name, slot in calls if name != "restore"] == [i % 3 for i in range(16)]
     assert all(calls[i + 1] == ("restore", slot) for i, (name, slot) in enumerate(calls) if name == "b")
+
+
+def test_inputs_on_the_cpu_are_three_times_the_cache_in_all(monkeypatch, tmp_path):
+    monkeypatch.setattr(timing, "_CPU_CACHE", tmp_path / "size")
+    assert slots_beyond_cache(12 << 20, CPU) == 8  # of an unknown cache, which is taken to have 32 MiB
+    (tmp_path / "size").write_text("1024K\n")
+    assert [slots_beyond_cache(size, CPU) for size in (1 << 30, 3 << 20, 1 << 20, 1_000_000, 1)] == [2, 2, 3, 4, 64]
 
 
 def test_summary_is_the_median_between_the_percentiles():
