@@ -18,7 +18,7 @@ from memory import extra_bytes_in_fresh_process, extra_bytes_on_gpu
 from peers import peers
 from rows import error_text
 from suite import Prepared, rows_of
-from timing import Call, slots_beyond_cache
+from timing import Call, copier, slots_beyond_cache
 from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax, softmax
 
@@ -186,13 +186,8 @@ def contenders(c: Configuration, target: Tensor, only: str | None = None) -> dic
 
         return call
 
-    def copy(logits: Tensor) -> tuple[None, Tensor]:
-        # On the CPU the copy goes into memory that exists, because getting memory from the system takes as long as the
-        # copy.
-        return None, logits.detach().clone() if copied is None else copied.copy_(logits.detach())
-
-    copied = None if device.type == "cuda" else torch.empty(c.rows, c.vocab, dtype=dtype, device=device)
-    found = {"copy | copy": Contender(copy, 2, None)}
+    copy = copier(c.rows, c.vocab, dtype, device)
+    found = {"copy | copy": Contender(lambda logits: (None, copy(logits)), 2, None)}
 
     def add(
         name: str,

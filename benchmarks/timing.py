@@ -8,6 +8,7 @@ host's time to enqueue a call on a GPU, the clock is perf_counter.
 """
 
 import gc
+import itertools
 import statistics
 import sys
 import time
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 # The first calls load, compile, and fill caches, so that they do not count.
 _WARM_UP = 3
@@ -177,6 +179,19 @@ def summary(times: list[float], host_seconds: float) -> Timing:
 def slots_beyond_cache(input_bytes: int, device: torch.device) -> int:
     """Return how many inputs of this size to rotate, so that each has left the last cache before memory at its turn."""
     return min(max(2, -(-_CACHES_TO_EXCEED * _last_cache(device) // input_bytes)), _MOST_SLOTS)
+
+
+def copier(rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Return a function that copies tensors of this shape: nothing that reads and writes them once takes less time.
+
+    On the CPU the copies go into memory that exists, because getting memory from the system takes as long as the copy.
+    That memory rotates as inputs do.
+    """
+    if device.type == "cuda":
+        return lambda logits: logits.detach().clone()
+    slots = slots_beyond_cache(rows * vocab * dtype.itemsize, device)
+    copies = itertools.cycle([torch.empty(rows, vocab, dtype=dtype, device=device) for _ in range(slots)])
+    return lambda logits: next(copies).copy_(logits.detach())
 
 
 def _last_cache(device: torch.device) -> int:

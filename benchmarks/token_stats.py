@@ -28,7 +28,7 @@ from accuracy import (
 from linear_entropy import LINEAR_BOUNDS, MODELS, three_matmuls
 from peers import Peer, peers
 from suite import Prepared, rows_of
-from timing import Call, slots_beyond_cache
+from timing import Call, copier, slots_beyond_cache
 from torch import Tensor
 
 from em_kernels import linear_token_stats, token_stats
@@ -135,7 +135,7 @@ def prepare(c: Configuration) -> Prepared:
         weights = torch.full((c.rows,), 1 / c.rows, dtype=torch.float64, device=device)
         slots = slots_beyond_cache(logits.numel() * logits.element_size(), device)
         inputs = [(logits.clone().requires_grad_(),) for _ in range(slots)]
-        floor_call = _copy(logits)
+        floor_call = copier(c.rows, c.vocab, dtype, device)
 
         def gradient_errors(gradients: tuple[Tensor, ...]) -> dict[str, float]:
             return {"gradient_error": exact.gradient_error("policy", gradients[0], weights)}
@@ -186,13 +186,6 @@ def prepare(c: Configuration) -> Prepared:
         contender, _, variant = name.partition(" | ")
         calls[name] = Call(partial(forward if variant == "forward" else both, every[contender]))
     return Prepared(calls, slots, check, {}, floor)
-
-
-def _copy(like: Tensor) -> Callable[[Tensor], Tensor]:
-    # On the CPU the copy goes into memory that exists, because getting memory from the system takes as long as the
-    # copy.
-    copied = None if like.is_cuda else torch.empty_like(like)
-    return lambda logits: logits.clone() if copied is None else copied.copy_(logits)
 
 
 def rows(c: Configuration) -> Iterator[dict[str, Any]]:
