@@ -82,11 +82,17 @@ def test_contenders_alternate_over_all_slots_and_are_restored_after_each_call(mo
     assert all(calls[i + 1] == ("restore", slot) for i, (name, slot) in enumerate(calls) if name == "b")
 
 
-def test_inputs_on_the_cpu_are_three_times_the_cache_in_all(monkeypatch, tmp_path):
-    monkeypatch.setattr(timing, "_CPU_CACHE", tmp_path / "size")
+def test_inputs_on_the_cpu_are_three_times_the_caches_in_all(monkeypatch, tmp_path):
+    monkeypatch.setattr(timing, "_CPUS", tmp_path)
+    monkeypatch.setattr(timing.os, "sched_getaffinity", lambda process: {0, 1, 5}, raising=False)
     assert slots_beyond_cache(12 << 20, CPU) == 8  # of an unknown cache, which is taken to have 32 MiB
-    (tmp_path / "size").write_text("1024K\n")
-    assert [slots_beyond_cache(size, CPU) for size in (1 << 30, 3 << 20, 1 << 20, 1_000_000, 1)] == [2, 2, 3, 4, 64]
+    for i, shared in enumerate(["0-1", "0-1", "2-3", "2-3", "4-5", "4-5"]):
+        cache = tmp_path / f"cpu{i}" / "cache" / "index3"
+        cache.mkdir(parents=True)
+        (cache / "shared_cpu_list").write_text(f"{shared}\n")
+        (cache / "size").write_text("512K\n")
+    # Two caches of 512 KiB: the third belongs to CPUs that this process may not use.
+    assert [slots_beyond_cache(size, CPU) for size in (1 << 30, 3 << 20, 1 << 20, 1_000_000, 1)] == [2, 2, 3, 4, 128]
 
 
 def test_summary_is_the_median_between_the_percentiles():
